@@ -1,0 +1,142 @@
+"""G, the self-augmentation of Algorithm 1: the model writes new pairs (request x', calls y') like an uncertain sample.
+
+It sees the sample's tools and request, never its label. A pair is kept only if it parses and fits the tools' schema;
+each that is not kept has a reason. A kept pair is what the sample's adapter is trained on.
+"""
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data import Sample, call_prompt, system_message
+from data.calls import Call, call_key, check_call, parse_calls
+from model import PrefixCaches, Qwen2, Tokenizer, generate, seeded
+
+# What is asked in the user turn, behind the tools, so that the tools' KV cache serves here as well.
+ASK_REQUEST = """Here is a request that can be answered with the tools:
+"{request}"
+
+Write one new request of the same kind, for the same tools but with other details. Answer with the new request alone, on one line, in quotation marks."""
+ASK_PAIR = """Here is a request that can be answered with the tools:
+"{request}"
+
+Write one new request of the same kind, for the same tools but with other details, on one line, in quotation marks. Under it, write the tool calls that answer it, each in this form:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+# ours: the assistant's turn is begun for it, so that it writes a request and not an answer.
+REQUEST_START = 'New request: "'
+
+TRIES = 3               # for each of the K pairs
+LABELS = 5              # sampled calls for a new request, of which the majority is its label (--pair request)
+MAX_REQUEST_TOKENS = 128
+MAX_CALL_TOKENS = 192
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A synthetic training example: a request and the calls that answer it. votes: how many of the labels agreed."""
+    request: str
+    calls: tuple[Call, ...]
+    votes: int = 1
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A try that gave no pair: what was written, and why it was not kept."""
+    text: str
+    reason: str
+
+
+def request_text(sample: Sample) -> str:
+    """The sample's request on one line; a dialogue as its turns, with who says what."""
+    spoken = [m for m in sample.messages if m["role"] in ("user", "assistant") and m["content"]]
+    if len(spoken) <= 1:
+        return " ".join((spoken or sample.messages)[-1]["content"].split())
+    return " ".join(f"{m['role'].capitalize()}: {' '.join(m['content'].split())}" for m in spoken)
+
+
+def pair_prompt(sample: Sample, mode: str = "request") -> list[dict]:
+    """The messages that ask for a new request (mode "request") or for a request and its calls ("joint")."""
+    ask = ASK_REQUEST if mode == "request" else ASK_PAIR
+    return [system_message(sample.tools), {"role": "user", "content": ask.format(request=request_text(sample))}]
+
+
+def with_request(sample: Sample, request: str) -> Sample:
+    """The new sample x': the same tools, and one turn of the user."""
+    return Sample(sample.id, ({"role": "user", "content": request},), sample.tools)
+
+
+def check_request(request: str, seed: str) -> str:
+    """Why a written request is of no use, or ""."""
+    def plain(text): return "".join(c for c in text.casefold() if c.isalnum())
+    if not plain(request):
+        return "no request"
+    if '{"' in request or "<tool_call>" in request:
+        return "a call in place of a request"
+    return "copy of the seed request" if plain(request) in plain(seed) else ""
+
+
+def check_calls(calls: Sequence[Call], sample: Sample) -> str:
+    """Why calls do not fit the sample's tools, or ""."""
+    if not calls:
+        return "no call could be read"
+    return next((reason for call in calls if (reason := check_call(call, sample.tools))), "")
+
+
+def majority(texts: Sequence[str], sample: Sample) -> tuple[tuple[Call, ...], int, Counter]:
+    """The calls that most of the texts give among those that fit the schema, their votes, and why the others fell out."""
+    votes, first, reasons = Counter(), {}, Counter()
+    for text in texts:
+        calls = parse_calls(text).calls
+        if reason := check_calls(calls, sample):
+            reasons[reason] += 1
+            continue
+        key = frozenset(Counter(call_key(c, sample.tools) for c in calls).items())
+        votes[key] += 1
+        first.setdefault(key, calls)
+    if not votes:
+        return (), 0, reasons
+    key, count = votes.most_common(1)[0]                # the first seen among equals
+    return first[key], count, reasons
+
+
+def synthesize(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, sample: Sample, k: int = 1, mode: str = "request",
+               temperature: float = 0.7, top_p: float = 0.95, seed: int = 0) -> tuple[list[Pair], list[Rejected]]:
+    """Up to k pairs (x', y') written by the model itself, and the tries that failed; at most TRIES tries a pair.
+
+    mode "joint" (the paper's way) writes request and calls in one go. mode "request" writes the request, then samples
+    its calls LABELS times and keeps the majority of those that pass the schema check.
+    """
+    head, ask = tokenizer.split_chat(pair_prompt(sample, mode))
+    ask += tokenizer.encode(REQUEST_START)
+    seed_request = request_text(sample)
+    pairs, rejected = [], []
+    for attempt in range(TRIES * k):
+        if len(pairs) == k:
+            break
+        limit = MAX_REQUEST_TOKENS + (MAX_CALL_TOKENS if mode == "joint" else 0)
+        written = tokenizer.decode(generate(model, [ask], tokenizer.eos, limit, prefixes.read(head), temperature, top_p,
+                                            [seeded(seed, sample.id, "pair", attempt)])[0])
+        line, _, rest = written.strip().partition("\n")
+        request = line.strip().removesuffix('"').strip()
+        reason = check_request(request, seed_request)
+        if not reason and any(request == pair.request for pair in pairs):
+            reason = "copy of an earlier pair"
+        if not reason and mode == "joint":
+            calls, votes = parse_calls(rest).calls, 1
+            reason = check_calls(calls, sample)
+        elif not reason:
+            head, prompt = tokenizer.split_chat(call_prompt(with_request(sample, request)))
+            generators = [seeded(seed, sample.id, "label", attempt, i) for i in range(LABELS)]
+            texts = generate(model, [prompt] * LABELS, tokenizer.eos, MAX_CALL_TOKENS, prefixes.read(head), temperature, top_p,
+                             generators)
+            texts = [tokenizer.decode(ids) for ids in texts]
+            calls, votes, reasons = majority(texts, sample)
+            if not calls:
+                reason = reasons.most_common(1)[0][0]
+                written += "\n" + texts[0]
+        if reason:
+            rejected.append(Rejected(written, reason))
+        else:
+            pairs.append(Pair(request, calls, votes))
+    return pairs, rejected

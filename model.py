@@ -1,0 +1,506 @@
+"""Qwen2.5 in plain PyTorch: the network, its KV cache, loading, the tokenizer with its chat template, and decoding.
+
+Implemented: RMSNorm, rotary embedding (RoPE), grouped-query attention with biases on q/k/v, SwiGLU, a head that is
+tied to the embedding on the small sizes. Left out: sliding windows, YaRN scaling, quantised weights, dropout.
+
+Shapes, in all files and tests:
+    B  rows of a batch            T  new tokens in this pass      S  cached + new tokens
+    D  hidden width               H  query heads                  G  key/value heads (H / G queries share one)
+    K  width of one head          V  vocabulary                   R  rank of a LoRA adapter
+"""
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer as BPE
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a checkpoint, under the names of its config.json; every size from 0.5B to 72B is one of these."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ModelConfig":
+        """Read config.json; ValueError if it describes something that this file does not implement."""
+        path = folder / "config.json"
+        raw = read_json(path)
+        raw = {**raw.get("rope_parameters", {}), **raw}             # newer files keep rope_theta in there
+        for key, known in (("model_type", "qwen2"), ("hidden_act", "silu"), ("rope_scaling", None),
+                           ("use_sliding_window", False)):
+            if raw.get(key, known) != known:
+                raise ValueError(f"{path}: {key} is {raw[key]!r}, and only {known!r} is implemented: pass a Qwen2.5 checkpoint")
+        names = [f.name for f in fields(cls)]
+        try:
+            config = cls(**{name: raw[name] for name in names if name in raw})
+        except TypeError as error:
+            missing = [name for name in names[:6] if name not in raw]
+            raise ValueError(f"{path}: lacks {', '.join(missing)}: is this the config of a Qwen2.5 checkpoint?") from error
+        if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
+            raise ValueError(f"{path}: {config.num_attention_heads} heads do not divide a width of {config.hidden_size}, "
+                             f"or are not a multiple of {config.num_key_value_heads} key/value heads")
+        return config
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for B rows. It alone knows the positions, so several can live at once.
+
+    Tensors are never written in place: `append` makes new ones, so a fork shares its parent's memory and leaves it as it
+    was, and gradients flow through what a pass adds. A padded slot is a hole: `valid` is False there, nobody attends to
+    it, and it takes no position.
+    """
+
+    def __init__(self, num_layers: int):
+        self.keys: list[torch.Tensor | None] = [None] * num_layers      # each (B, G, S, K)
+        self.values: list[torch.Tensor | None] = [None] * num_layers    # each (B, G, S, K)
+        self.valid: torch.Tensor | None = None                          # (B, S) bool
+        self.holes = False                                              # whether `valid` has a False
+
+    @property
+    def length(self) -> int:
+        """Slots in use, holes included."""
+        return 0 if self.valid is None else self.valid.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.keys + self.values if t is not None)
+
+    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one layer's new keys and values, (B, G, T, K) each, and return all of them, (B, G, S, K) each."""
+        if self.keys[layer] is not None:
+            keys = torch.cat((self.keys[layer], keys), dim=2)
+            values = torch.cat((self.values[layer], values), dim=2)
+        self.keys[layer], self.values[layer] = keys, values
+        return keys, values
+
+    def fork(self, rows: int | Sequence[int] | None = None) -> "KVCache":
+        """A cache that goes on from here on its own: as it is, one row expanded to `rows`, or the rows listed."""
+        def pick(tensor):
+            if tensor is None or rows is None:
+                return tensor
+            return tensor.expand(rows, *tensor.shape[1:]) if isinstance(rows, int) else tensor[list(rows)]
+        other = KVCache(len(self.keys))
+        other.keys, other.values = [pick(t) for t in self.keys], [pick(t) for t in self.values]
+        other.valid, other.holes = pick(self.valid), self.holes
+        return other
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        return self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotary_angles(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, (B, 1, T, K) float32, of position * theta^(-2i/K) for positions (B, T) (RoFormer, Su et al. 2021)."""
+    K = config.head_dim
+    inverse = config.rope_theta ** (-torch.arange(0, K, 2, device=positions.device).float() / K)
+    angles = (positions[..., None].float() * inverse).repeat(1, 1, 2)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x_i, x_{i+K/2}) by its angle: the half-split order of the Hugging Face checkpoints."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over what the cache holds and the T new tokens."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        D, K = config.hidden_size, config.head_dim
+        self.layer, self.head_dim = layer, K
+        self.q_proj = nn.Linear(D, config.num_attention_heads * K)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * K)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * K)
+        self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache: KVCache) -> torch.Tensor:
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        k, v = cache.append(self.layer, rotate(k, cos, sin), v)
+        # SDPA's is_causal is aligned to the top left, so it is right only where nothing was cached before.
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, attn_mask=mask, enable_gqa=True,
+                                           is_causal=mask is None and T > 1)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = nn.Linear(D, F_, bias=False), nn.Linear(D, F_, bias=False)
+        self.down_proj = nn.Linear(F_, D, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask, cache: KVCache) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and the last norm, under the checkpoint's prefix `model.`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Qwen2(nn.Module):
+    """The language model. A pass gives hidden states; `logits` turns into logits only those that somebody reads."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config.num_hidden_layers)
+
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (B, T, D) after the last norm of the tokens `ids` (B, T), which follow what `cache` holds.
+
+        The cache grows by T slots. valid: (B, T) bool, False at padding; None if there is none. Raises ValueError when
+        the tokens do not fit the model's context.
+        """
+        cache = self.new_cache() if cache is None else cache
+        positions, mask = place(cache, ids, valid)
+        # Padding is a hole without a position, so slots overcount: look at the positions only where slots are too many.
+        if cache.length > self.config.max_position_embeddings and int(positions.max()) >= self.config.max_position_embeddings:
+            raise ValueError(f"{int(positions.max()) + 1} tokens are more than the model's context of "
+                             f"{self.config.max_position_embeddings} (max_position_embeddings)")
+        x = self.model.embed_tokens(ids)
+        cos, sin = rotary_angles(positions, self.config)
+        for block in self.model.layers:
+            x = block(x, cos, sin, mask, cache)
+        return self.model.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) in float32 of hidden states (..., D)."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight).float()
+
+
+def place(cache: KVCache, ids: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Claim T slots of the cache for `ids` (B, T): their positions (B, T), and the mask (B or 1, 1, T, S) or None."""
+    (B, T), past = ids.shape, cache.length
+    cache.holes = cache.holes or valid is not None
+    new = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    cache.valid = new if past == 0 else torch.cat((cache.valid, new), dim=1)
+    if not cache.holes:
+        positions = torch.arange(past, past + T, device=ids.device).expand(B, T)
+        if past == 0 or T == 1:
+            return positions, None
+    else:
+        positions = (cache.valid.cumsum(1) - 1)[:, past:].clamp(min=0)
+    slot = torch.arange(past + T, device=ids.device)
+    own = slot[past:, None]
+    mask = (slot <= own)[None]
+    if cache.holes:                      # a padded query sees itself, so that no softmax runs over an empty set
+        mask = mask & cache.valid[:, None] | (slot == own)
+    return positions, mask[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; FileNotFoundError or ValueError in one sentence otherwise."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: --model takes a hub id or a folder with config.json, "
+                                "tokenizer.json and model.safetensors")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: holds a {type(raw).__name__} where a JSON object is needed")
+    return raw
+
+
+def find_checkpoint(name: str, offline: bool = False) -> Path:
+    """The folder of a checkpoint: `name` itself if it is one, else the hub's files for that id, downloaded if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-1.5B-Instruct)")
+    from huggingface_hub import snapshot_download      # only here: a local folder needs nothing of the hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    wanted = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+              "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=offline))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        how = "is not in the hub's local cache, and --offline forbids a download" if offline else \
+              f"could not be had from the hub ({type(error).__name__})"
+        raise FileNotFoundError(f"--model {name}: {how}; pass a folder, or --model tiny for the bundled one") from error
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which safetensors file holds which tensor, from the one file or from the index of a sharded checkpoint."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file() and not single.is_file():
+        files = {name: folder / Path(file).name for name, file in read_json(index).get("weight_map", {}).items()}
+    elif single.is_file():
+        with open_tensors(single) as tensors:
+            files = dict.fromkeys(tensors.keys(), single)
+    else:
+        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json: no weights to load")
+    for file in sorted(set(files.values())):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is named in {index.name} but missing: download it again")
+    return files
+
+
+def open_tensors(path: Path):
+    """Open a safetensors file for reading; ValueError if it is truncated or no such file."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or half-downloaded ({error}); download it again") from error
+
+
+def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Qwen2:
+    """The model of a checkpoint folder, frozen. Strict: a missing, extra or misshapen tensor is a ValueError that names it."""
+    config = ModelConfig.from_folder(folder)
+    with torch.device("meta"):
+        model = Qwen2(config)
+    files = tensor_files(folder)
+    if config.tie_word_embeddings:
+        files.pop("lm_head.weight", None)               # some tied checkpoints store the embedding a second time
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for problem, names in (("lacks", wanted.keys() - files.keys()), ("has besides", files.keys() - wanted.keys())):
+        if names:
+            raise ValueError(f"{folder}: the checkpoint {problem} {', '.join(sorted(names)[:3])}"
+                             f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    state = {}
+    # One tensor at a time, each file opened anew: the mapping of what was read goes before the next is read, so the
+    # peak is the weights themselves and one tensor.
+    for name, file in files.items():
+        with open_tensors(file) as tensors:
+            if name not in tensors.keys():
+                raise ValueError(f"{file}: lacks {name}, which the index says is there: download it again")
+            shape = tuple(tensors.get_slice(name).get_shape())
+            if shape != wanted[name]:
+                raise ValueError(f"{file}: {name} is {shape}, but config.json makes it {wanted[name]}")
+            state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer and chat
+
+class Tokenizer:
+    """The checkpoint's tokenizer, its chat template written by hand, and the ids that end a turn."""
+
+    def __init__(self, folder: Path):
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: the checkpoint's tokenizer is needed")
+        try:
+            self.bpe = BPE.from_file(str(path))
+        except Exception as error:                       # the library raises nothing narrower than Exception
+            raise ValueError(f"{path}: no readable tokenizer ({error})") from error
+        # "<|im_end|>" inside a request or a model's text is text. Special tokens come from `chat` alone, by id.
+        self.bpe.encode_special_tokens = True
+        self.im_start, self.im_end = (self.bpe.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>"))
+        if self.im_start is None or self.im_end is None:
+            raise ValueError(f"{path}: has no <|im_start|> and <|im_end|> tokens, so it is no ChatML (Qwen2.5) tokenizer")
+        generation, config = folder / "generation_config.json", folder / "config.json"
+        eos = read_json(generation if generation.is_file() else config).get("eos_token_id", self.im_end)
+        self.eos: frozenset[int] = frozenset(eos if isinstance(eos, list) else [eos])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text. A lone surrogate, which no UTF-8 can hold, becomes a question mark."""
+        return self.bpe.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.bpe.decode(list(ids), skip_special_tokens=False)
+
+    def chat(self, messages: Sequence[dict], tools: Sequence[dict] = (), generate: bool = True) -> list[int]:
+        """Token ids of a dialogue, as the checkpoint's own Jinja template gives them.
+
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": str} and, for an assistant's calls,
+        "tool_calls": [{"name", "arguments"}]. generate: end with the opening of the assistant's turn.
+        """
+        ids = []
+        for role, text in render(messages, tools):
+            ids += [self.im_start, *self.encode(f"{role}\n{text}"), self.im_end, *self.encode("\n")]
+        return ids + [self.im_start, *self.encode("assistant\n")] if generate else ids
+
+
+    def split_chat(self, messages: Sequence[dict]) -> tuple[list[int], list[int]]:
+        """`chat` in two parts: the system turn, which all prompts with the same tools share, and the rest."""
+        head, ids = self.chat(messages[:1], generate=False), self.chat(messages)
+        return head, ids[len(head):]
+
+
+DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+TOOLS_HEAD = ("\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+              "You are provided with function signatures within <tools></tools> XML tags:\n<tools>")
+TOOLS_TAIL = ("\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+              '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n'
+              "</tool_call>")
+
+
+def render(messages: Sequence[dict], tools: Sequence[dict] = ()) -> list[tuple[str, str]]:
+    """The turns (role, text) of Qwen2.5's chat template: what stands between <|im_start|> and <|im_end|>."""
+    def tojson(value): return json.dumps(value, ensure_ascii=False)
+    turns, messages = [], list(messages)
+    system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else DEFAULT_SYSTEM
+    if tools:
+        system += TOOLS_HEAD + "".join("\n" + tojson(tool) for tool in tools) + TOOLS_TAIL
+    turns.append(("system", system))
+    previous = None
+    for message in messages:
+        role, text = message["role"], message["content"] or ""
+        if role == "tool":                              # several results in a row share one user turn
+            text = f"<tool_response>\n{text}\n</tool_response>"
+            if previous == "tool":
+                text = f"{turns.pop()[1]}\n{text}"
+        elif message.get("tool_calls"):
+            calls = [f'<tool_call>\n{{"name": "{c["name"]}", "arguments": {tojson(c["arguments"])}}}\n</tool_call>'
+                     for c in message["tool_calls"]]
+            text = "\n".join([text] * bool(text) + calls)
+        turns.append(("user" if role == "tool" else role, text))
+        previous = role
+    return turns
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of ids as one tensor (B, T), padded on the right, and where it is no padding (B, T), None if nowhere is."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    if all(len(row) == longest for row in rows):
+        return ids, None
+    return ids, torch.arange(longest, device=device) < torch.tensor([[len(row)] for row in rows], device=device)
+
+
+class PrefixCaches:
+    """The KV caches of the last few prefixes read with the base weights, by their token ids, within a memory bound.
+
+    A prompt is a long head (system text and tools), which many samples and all stages share, and a short rest.
+    """
+
+    def __init__(self, model: Qwen2, max_bytes: int = 2 << 30):
+        self.model, self.max_bytes = model, max_bytes
+        self.caches: OrderedDict[tuple[int, ...], KVCache] = OrderedDict()
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int]) -> KVCache:
+        """A cache that holds `ids`, to be continued freely: it is a fork of the kept one."""
+        key = tuple(ids)
+        if key not in self.caches:
+            cache = self.model.new_cache()
+            self.model(torch.tensor([key], device=self.model.device), cache)
+            self.caches[key] = cache
+            while len(self.caches) > 1 and sum(c.bytes for c in self.caches.values()) > self.max_bytes:
+                self.caches.popitem(last=False)
+        self.caches.move_to_end(key)
+        return self.caches[key].fork()
+
+
+def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+    """One token id from logits (V,): the largest at temperature 0, else by nucleus sampling (Holtzman et al. 2020).
+
+    One uniform number is drawn on the CPU and looked up in the cumulative distribution of the sorted tokens, so a
+    generator gives the same text on every device and in every batch.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    p, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
+    cumulative = p.cumsum(-1)
+    nucleus = int((cumulative - p < top_p).sum())       # the fewest tokens that hold top_p; never none
+    u = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[nucleus - 1].double().cpu()
+    return int(order[min(int((cumulative[:nucleus].double() <= u.to(p.device)).sum()), nucleus - 1)])
+
+
+def seeded(*key: str | int) -> torch.Generator:
+    """A CPU generator for one purpose, seeded by a stable hash of its key (seed, sample id, stage, ...): a draw depends
+    on nothing else, so neither order nor batch size nor a resumed run changes it."""
+    digest = hashlib.sha256(json.dumps(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@torch.no_grad()
+def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int], max_new_tokens: int = 256,
+             cache: KVCache | None = None, temperature: float = 0.0, top_p: float = 1.0,
+             generators: Sequence[torch.Generator] | None = None) -> list[list[int]]:
+    """New token ids for each of B prompts, the end token left out; rows leave the batch when they end.
+
+    prompts: what follows `cache`, at least one token a row; a cache of one row serves all. temperature 0 is greedy;
+    else each row draws from its own generator, so that its text does not depend on its neighbours.
+    """
+    rows = list(range(len(prompts)))
+    texts: list[list[int]] = [[] for _ in rows]
+    same = all(prompt == prompts[0] for prompt in prompts) and (cache is None or cache.valid.shape[0] == 1)
+    ids, valid = pad(prompts[:1] if same else prompts, model.device)             # one prompt for all rows is read once
+    cache = model.new_cache() if cache is None else cache.fork(len(ids) if cache.valid.shape[0] == 1 else None)
+    last = model(ids, cache, valid)[torch.arange(len(ids)), [len(prompt) - 1 for prompt in prompts[:len(ids)]]]
+    if same and len(rows) > 1:
+        cache, last = cache.fork(len(rows)), last.expand(len(rows), -1)
+    for step in range(max_new_tokens):
+        logits = model.logits(last)
+        tokens = logits.argmax(-1).tolist() if temperature == 0 else \
+            [sample_token(logits[i], temperature, top_p, generators[row]) for i, row in enumerate(rows)]
+        going = [i for i, token in enumerate(tokens) if token not in eos]
+        for i in going:
+            texts[rows[i]].append(tokens[i])
+        if not going or step == max_new_tokens - 1:
+            break
+        if len(going) < len(rows):
+            cache, rows = cache.fork(going), [rows[i] for i in going]
+        last = model(torch.tensor([[tokens[i]] for i in going], device=model.device), cache)[:, 0]
+    return texts
