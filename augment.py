@@ -8,23 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data import Sample, call_prompt, system_message
-from data.calls import Call, call_key, check_call, parse_calls
+from data.calls import Call, calls_key, check_call, parse_calls
 from model import PrefixCaches, Qwen2, Tokenizer, generate, seeded
 
 # What is asked in the user turn, behind the tools, so that the tools' KV cache serves here as well.
-ASK_REQUEST = """Here is a request that can be answered with the tools:
-"{request}"
+ASK_REQUEST = ("Write two requests that a user may make of these tools. Both need the same tool, but the second is about other "
+               "names, places, numbers or dates, in other words.")
+ASK_PAIR = ASK_REQUEST + ("""
 
-Write one new request of the same kind, for the same tools but with other details. Answer with the new request alone, on one line, in quotation marks."""
-ASK_PAIR = """Here is a request that can be answered with the tools:
-"{request}"
-
-Write one new request of the same kind, for the same tools but with other details, on one line, in quotation marks. Under it, write the tool calls that answer it, each in this form:
+Under the second, write the tool calls that answer it, each in this form:
 <tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
-# ours: the assistant's turn is begun for it, so that it writes a request and not an answer.
-REQUEST_START = 'New request: "'
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>""")
+# ours: the assistant's turn is begun for it with the seed request as the first of the two. Asked for "a new request like
+# this one", a small model repeats it word for word; begun like this, it goes on with a natural second.
+PAIR_START = '1. "{request}"\n2. "'
 
 TRIES = 3               # for each of the K pairs
 LABELS = 5              # sampled calls for a new request, of which the majority is its label (--pair request)
@@ -57,8 +55,7 @@ def request_text(sample: Sample) -> str:
 
 def pair_prompt(sample: Sample, mode: str = "request") -> list[dict]:
     """The messages that ask for a new request (mode "request") or for a request and its calls ("joint")."""
-    ask = ASK_REQUEST if mode == "request" else ASK_PAIR
-    return [system_message(sample.tools), {"role": "user", "content": ask.format(request=request_text(sample))}]
+    return [system_message(sample.tools), {"role": "user", "content": ASK_REQUEST if mode == "request" else ASK_PAIR}]
 
 
 def with_request(sample: Sample, request: str) -> Sample:
@@ -91,7 +88,7 @@ def majority(texts: Sequence[str], sample: Sample) -> tuple[tuple[Call, ...], in
         if reason := check_calls(calls, sample):
             reasons[reason] += 1
             continue
-        key = frozenset(Counter(call_key(c, sample.tools) for c in calls).items())
+        key = calls_key(calls, sample.tools)
         votes[key] += 1
         first.setdefault(key, calls)
     if not votes:
@@ -108,8 +105,8 @@ def synthesize(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, sampl
     its calls LABELS times and keeps the majority of those that pass the schema check.
     """
     head, ask = tokenizer.split_chat(pair_prompt(sample, mode))
-    ask += tokenizer.encode(REQUEST_START)
     seed_request = request_text(sample)
+    ask += tokenizer.encode(PAIR_START.format(request=seed_request))
     pairs, rejected = [], []
     for attempt in range(TRIES * k):
         if len(pairs) == k:

@@ -65,46 +65,47 @@ def call_text(calls: tuple[Call, ...]) -> str:
 def load(bench: str, data: str | None = None, offline: bool = False, bundled: bool = False) -> list[Sample]:
     """A benchmark's samples in file order; sample i has the id f"{bench}-{i}".
 
-    The file is `data` (a file, or a folder that holds the published file name); else it is looked for in the folder
+    The file is `data` (itself, or a folder that holds the published file name); else it is looked for in the folder
     $TTSI_DATA, then in the cache (~/.cache/ttsi or $XDG_CACHE_HOME/ttsi), then downloaded there unless `offline`. With
-    `bundled` it is the small generated stand-in in data/samples. Downloaded and cached files are checked against
-    their published git blob id; the user's own are not.
+    `bundled` it is the small generated stand-in in data/samples. What is downloaded or cached is checked against the
+    published git blob id; the user's own files are not.
     Raises ValueError (what is wrong, in which file and item), FileNotFoundError, or ConnectionError (no download).
     """
     if bench not in PUBLISHED:
         raise ValueError(f"unknown benchmark {bench!r}; choose one of {', '.join(PUBLISHED)}")
-    path = bundled_file(bench) if bundled else find_file(bench, data, offline)
-    return [parse_sample(item, f"{bench}-{i}", f"{path}, item {i}") for i, item in enumerate(read_items(path))]
-
-
-def bundled_file(bench: str) -> Path:
-    """The small file of generated samples in the style of `bench` that comes with the code (see data/tiny/make.py)."""
-    path = Path(__file__).parent / "samples" / f"{bench}.json"
+    path = Path(__file__).parent / "samples" / f"{bench}.json" if bundled else find_file(bench, data, offline)
     if not path.is_file():
-        raise FileNotFoundError(f"no bundled samples for {bench} ({path}); give the real file with --data")
-    return path
+        raise FileNotFoundError(f"no bundled samples for {bench} ({path}); give the benchmark's file with --data")
+    samples = [parse_sample(item, f"{bench}-{i}", f"{path}, item {i}") for i, item in enumerate(read_items(path))]
+    if any(p.get("required") is True for sample in samples for tool in sample.tools for p in tool["parameters"].values()):
+        for sample in samples:          # this file marks what is required, so a tool without a mark requires nothing
+            for tool in sample.tools:
+                if not any("required" in p for p in tool["parameters"].values()):
+                    tool.setdefault("required", [])
+    return samples
 
 
 def find_file(bench: str, data: str | None, offline: bool) -> Path:
     """The benchmark's file: the user's own, or the cached one, downloaded when need be."""
     name, blob = PUBLISHED[bench]
     if data is not None:
-        path = Path(data).expanduser() / name if Path(data).expanduser().is_dir() else Path(data).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(data))
+        path = path / name if os.path.isdir(path) else path     # os.path: False where pathlib raises (name too long)
+        if not os.path.isfile(path):
             raise FileNotFoundError(f"no file {path}; --data takes a file, or a folder that holds {name}")
         return path
     if folder := os.environ.get("TTSI_DATA"):
-        if not Path(folder).expanduser().is_dir():
-            raise FileNotFoundError(f"TTSI_DATA={folder} is no folder; unset it, or give the file's folder with --data")
-        if (path := Path(folder).expanduser() / name).is_file():
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"TTSI_DATA={folder} is no folder; mend it, or give the file with --data")
+        if (path := Path(folder, name)).is_file():
             return path
-    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ttsi" / name
+    path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ttsi", name)
     if path.is_file() and blob_id(read_bytes(path)) == blob:
         return path
     if offline:
         state = "is not the published file (its git blob id differs)" if path.is_file() else "is not there"
-        raise FileNotFoundError(f"offline, and the cached {path} {state}; give the file or its folder with --data")
-    write_atomically(path, download(name, blob))
+        raise FileNotFoundError(f"offline, and the cached {path} {state}; give a copy or its folder with --data")
+    download(path, blob)
     return path
 
 
@@ -113,63 +114,51 @@ def blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def download(name: str, blob: str) -> bytes:
-    """The published file's content, checked; ConnectionError without network, ValueError if it is another file."""
+def download(path: Path, blob: str) -> None:
+    """Put the published file of the same name at `path`, whole and checked, or not at all."""
     try:
-        with urllib.request.urlopen(URL + name, timeout=60) as response:
+        with urllib.request.urlopen(URL + path.name, timeout=60) as response:
             content = response.read(MAX_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"cannot download {URL + name} ({error}); give a copy or its folder with --data") from None
+        raise ConnectionError(f"cannot download {URL + path.name} ({error}); give a copy with --data") from None
     if blob_id(content) != blob:
-        raise ValueError(f"what {URL + name} sent is not the published file: git blob id {blob_id(content)} instead of "
-                         f"{blob}; try again, or give a copy with --data")
-    return content
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put a file in place whole or not at all, so that a killed run leaves no torn cache behind."""
-    part = None
+        raise ValueError(f"{URL + path.name} sent another file than the published one (git blob id {blob_id(content)} "
+                         f"instead of {blob}); try again, or give a copy with --data")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            part = file.name
+        with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        if part and os.path.exists(part):
-            os.unlink(part)
-        raise FileNotFoundError(f"cannot write the cache file {path} ({error}); set XDG_CACHE_HOME, or use --data") from None
+        if part.exists():
+            part.unlink()
+        raise FileNotFoundError(f"cannot write {path} ({error}); set XDG_CACHE_HOME, or use --data") from None
 
 
 def read_bytes(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,}; "
-                             f"give a benchmark file with --data")
+        need(path.stat().st_size <= MAX_BYTES, path, f"larger than {MAX_BYTES:,} bytes, so no benchmark file")
         return path.read_bytes()
     except OSError as error:
         raise FileNotFoundError(f"cannot read {path} ({error.strerror}); give a readable file with --data") from None
 
 
 def read_items(path: Path) -> list:
-    """The JSON list in a file, each of its items storable as UTF-8 JSON again."""
+    """The list in a JSON file; each of its items can be written as UTF-8 JSON again."""
+    content, where = read_bytes(path), str(path)
     try:
-        items = json.loads(read_bytes(path).decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); mend it, or use --data") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); mend it, or use --data") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be read; give a benchmark file with --data") from None
-    need(isinstance(items, list) and bool(items), path, "not a list of samples, or an empty one")
-    for i, item in enumerate(items):
-        try:
+        items = json.loads(content.decode("utf-8-sig"))
+        for i, item in enumerate(items if isinstance(items, list) else []):
+            where = f"{path}, item {i}"
             json.dumps(item, ensure_ascii=False, allow_nan=False).encode()
-        except ValueError as error:     # a lone surrogate (\ud800) or a NaN: neither can be tokenized or stored later
-            raise ValueError(f"{path}, item {i}: text or number that JSON cannot carry ({error}); mend it, "
-                             f"or use --data") from None
+    except json.JSONDecodeError as error:
+        need(False, f"{path}, line {error.lineno}", f"not JSON ({error.msg})")
+    except (ValueError, RecursionError) as error:       # not UTF-8, a lone surrogate, a NaN, endless nesting or digits
+        need(False, where, f"text or number that cannot be stored as JSON ({error})")
+    need(isinstance(items, list) and items != [], path, "not a list of samples, or an empty one")
     return items
 
 
@@ -181,79 +170,69 @@ def need(holds: bool, where: Path | str, what: str) -> None:
 
 def parse_sample(item: dict, id: str, where: str) -> Sample:
     """One item of a benchmark file, {"query", "tools", "answers"}, as a Sample; `where` names it in errors."""
-    need(isinstance(item, dict), where, f"not an object but {type(item).__name__}")
-    for key in ("query", "tools", "answers"):
-        need(key in item, where, f"no {key!r}")
-    for key in ("tools", "answers"):
-        need(isinstance(item[key], list), where, f"{key!r} is not a list")
+    need(isinstance(item, dict), where, "not an object")
+    for key, kinds in {"query": (str, list), "tools": list, "answers": list}.items():
+        need(isinstance(item.get(key), kinds), where, f"{key!r} is missing or of a wrong type")
     tools = tuple(t for i, raw in enumerate(item["tools"]) if (t := parse_tool(raw, f"{where}, tool {i}")))
-    need(bool(tools), where, "no tool that can be called")
     names = [tool["name"] for tool in tools]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    need(not twice, where, f"two tools of the same name: {', '.join(twice)}")
+    need(tools != (), where, "no tool that can be called")
+    need(len(set(names)) == len(names), where, f"two tools of one name among {', '.join(names)}")
     answers = tuple(parse_answer(raw, f"{where}, answer {i}") for i, raw in enumerate(item["answers"]))
     return Sample(id, parse_query(item["query"], where), tools, answers)
 
 
 def parse_tool(raw: dict, where: str) -> dict | None:
     """One tool with only what a model is to see of it; None for an entry that documents instead of being callable."""
-    need(isinstance(raw, dict), where, f"not an object but {type(raw).__name__}")
-    need(isinstance(raw.get("name"), str) and raw["name"] != "", where, "no name")
+    need(isinstance(raw, dict) and isinstance(raw.get("name"), str) and raw["name"] != "", where, "no name")
     where, parameters, required = f"{where} ({raw['name']})", raw.get("parameters"), raw.get("required")
     # ours: left out are entries without parameters and ToolAlpaca's `components` (the layout of the tools' results): no
     # request can be answered by calling them, so they are no candidates. So are "return" and "desc_for_search".
     if parameters is None or (raw["name"] == "components" and parameters == {}):
         return None
-    need(isinstance(parameters, dict), where, f"'parameters' is not an object but {type(parameters).__name__}")
-    if isinstance(parameters.get("type"), str) and "properties" in parameters:      # a full JSON schema: flattened
-        parameters, required = parameters["properties"], parameters.get("required", required)
+    need(isinstance(parameters, dict), where, "'parameters' is not an object")
+    if isinstance(parameters.get("type"), str):                     # a full JSON schema: flattened
+        parameters, required = parameters.get("properties", {}), parameters.get("required", required)
         need(isinstance(parameters, dict), where, "'properties' is not an object")
     for name, schema in parameters.items():
-        need(isinstance(schema, dict), where, f"parameter {name!r} is not an object but {type(schema).__name__}")
-    need(isinstance(raw.get("description", ""), str), where, "'description' is not a string")
+        need(isinstance(schema, dict), where, f"parameter {name!r} is not an object")
     tool = {"name": raw["name"], "description": raw.get("description", ""), "parameters": parameters}
-    if required is None:
-        return tool
-    need(isinstance(required, list) and all(isinstance(r, str) for r in required), where, "'required' is no list of names")
-    return tool | {"required": required}
+    need(isinstance(tool["description"], str), where, "'description' is not a string")
+    need(required is None or isinstance(required, list) and all(isinstance(name, str) for name in required), where,
+         "'required' is not a list of names")
+    return tool if required is None else tool | {"required": required}
 
 
 def parse_answer(raw: dict, where: str) -> Call:
     """A gold call, from {"name", "arguments"} or (SealTool) {"tool", "parameters"}."""
-    need(isinstance(raw, dict), where, f"not an object but {type(raw).__name__}")
-    name, arguments = (raw.get("name"), raw.get("arguments")) if "name" in raw else (raw.get("tool"), raw.get("parameters"))
-    need(isinstance(name, str) and name != "" and isinstance(arguments, dict), where,
-         'neither {"name", "arguments"} nor {"tool", "parameters"} with a string and an object')
-    return Call(name, arguments)
+    need(isinstance(raw, dict), where, "not an object")
+    call = Call(raw.get("name", raw.get("tool")), raw.get("arguments", raw.get("parameters")))
+    need(isinstance(call.name, str) and isinstance(call.arguments, dict), where,
+         'neither {"name", "arguments"} nor {"tool", "parameters"}')
+    return call
 
 
 def parse_query(query: str | list, where: str) -> tuple[dict, ...]:
     """The dialogue so far, from a plain request or from API-Bank's turns, in the roles of a chat template."""
-    turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
-    need(isinstance(turns, list) and bool(turns), where, "'query' is neither a string nor a list of turns")
-    messages = []
-    for i, turn in enumerate(turns):
+    messages = [{"role": "user", "content": query}] if isinstance(query, str) else []
+    for i, turn in enumerate(query if isinstance(query, list) else []):
         need(isinstance(turn, dict) and turn.get("role") in ("user", "agent", "assistant", "tool")
-             and isinstance(turn.get("content"), str), where, f"turn {i} of the query is no {{role, content}} of a known role")
+             and isinstance(turn.get("content"), str), where, f"turn {i} of the query is no turn of a known role")
         role, content = "assistant" if turn["role"] == "agent" else turn["role"], turn["content"]
-        if i == len(turns) - 1 and isinstance(query, list):     # API-Bank's own way of asking; the prompt has another
+        if i == len(query) - 1:                                     # API-Bank's way of asking; our prompt has its own
             content = re.sub(r"\s*Generate API Request:\s*$", "", content)
-            if role == "assistant" and not content.strip():
-                continue
-        calls = parse_past_calls(content) if turn["role"] == "assistant" else None
-        messages.append({"role": role, "content": content} if calls is None else
-                        {"role": role, "content": "", "tool_calls": calls})
-    need(any(m["content"].strip() for m in messages), where, "the query is empty")
+        calls = past_calls(content) if turn["role"] == "assistant" else None
+        if calls:
+            messages.append({"role": role, "content": "", "tool_calls": calls})
+        elif content.strip() or role != "assistant":
+            messages.append({"role": role, "content": content})
+    need(any(message["content"].strip() for message in messages), where, "the query is empty")
     return tuple(messages)
 
 
-def parse_past_calls(content: str) -> list[dict] | None:
+def past_calls(content: str) -> list[dict] | None:
     """The calls of an earlier turn, ```[{"name", "arguments"}, ...]```; None if the text is anything else."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(\[.*\])\s*```\s*", content, re.DOTALL)
     try:
-        calls = json.loads(fenced.group(1)) if fenced else None
-    except ValueError:
+        return [{"name": call["name"], "arguments": call["arguments"]} for call in json.loads(fenced[1])]
+    except (TypeError, KeyError, ValueError, RecursionError):
         return None
-    if not calls or not all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls):
-        return None
-    return [{"name": c["name"], "arguments": c["arguments"]} for c in calls]

@@ -1,0 +1,231 @@
+"""Scoring an answer against a sample's gold calls (the one file that reads `Sample.answers`), and what runs come to.
+
+    python evaluate.py runs/*                                            # one table of several runs
+    python evaluate.py runs/nexusraven-tiny-ttsi-s0 --sample nexusraven-7     # one sample's story
+"""
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import Sample
+from data.calls import Call, call_key, parse_calls
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an answer is worth. `exact` is the score; the rest says why, and how far off the answer is."""
+    exact: bool             # the predicted multiset of calls equals the gold one, values read by the tool's schema
+    reason: str             # "" if exact, else what is wrong first; the part before ":" is one of a few, to be counted
+    strict: bool            # exact in the very JSON types of the gold calls, in the form asked for and nothing else
+    parsed: bool            # at least one call could be read
+    recovery: str           # what was forgiven to read it, as in `data.calls.Parsed`
+    name_correct: bool      # the multisets of names are equal
+    name_f1: float          # over names, one to one, in [0, 1]
+    argument_f1: float      # over (name, argument, value), one to one, in [0, 1]
+
+
+def f1(predicted: Iterable[Hashable], gold: Iterable[Hashable]) -> float:
+    """F1 = 2 |P ∩ G| / (|P| + |G|) of two multisets, in [0, 1]; 1.0 if both are empty.
+
+    One to one, so saying a right thing three times does not pay: `f1("aaa", "a") -> 0.5`.
+    """
+    predicted, gold = Counter(predicted), Counter(gold)
+    total = predicted.total() + gold.total()
+    return 2 * (predicted & gold).total() / total if total else 1.0
+
+
+def _reason(predicted: list[tuple[str, frozenset]], gold: list[tuple[str, frozenset]]) -> str:
+    """The first thing by which two answers, as call keys, differ; "" if they do not."""
+    if not predicted and gold:
+        return "unparsable"
+    if len(predicted) != len(gold):
+        return f"wrong number of calls: {len(predicted)} for {len(gold)}"
+    names, gold_names = Counter(name for name, _ in predicted), Counter(name for name, _ in gold)
+    if names != gold_names:
+        return f"wrong name: {next(iter(names - gold_names)):.40} for {next(iter(gold_names - names))}"
+    wrong, missed = Counter(predicted) - Counter(gold), Counter(gold) - Counter(predicted)
+    if not missed:
+        return ""
+    name, wanted = next(iter(missed))
+    given = max((pairs for n, pairs in wrong if n == name), key=lambda pairs: len(pairs & wanted))      # the nearest
+    given_names, wanted_names = {argument for argument, _ in given}, {argument for argument, _ in wanted}
+    if wanted_names - given_names:
+        return f"missing argument: {min(wanted_names - given_names)}"
+    if given_names - wanted_names:
+        return f"extra argument: {min(given_names - wanted_names):.40}"
+    return f"wrong value: {min(argument for argument, _ in wanted - given)}"
+
+
+def _verbatim(call: Call) -> tuple[str, str]:
+    """A call with the JSON types it was written in: 5, 5.0, "5" and true all differ."""
+    return call.name, json.dumps(call.arguments, sort_keys=True)
+
+
+def exact_match(text: str, sample: Sample) -> Verdict:
+    """The verdict on a model's text: `exact_match("no idea", sample).reason -> "unparsable"`. It never raises."""
+    parsed = parse_calls(text)
+    predicted = [call_key(call, sample.tools) for call in parsed.calls]
+    gold = [call_key(call, sample.tools) for call in sample.answers]
+    reason = _reason(predicted, gold)
+    names, gold_names = [name for name, _ in predicted], [name for name, _ in gold]
+    return Verdict(
+        exact=not reason, reason=reason, parsed=bool(parsed.calls), recovery=parsed.recovery,
+        strict=(not reason and parsed.strict
+                and Counter(map(_verbatim, parsed.calls)) == Counter(map(_verbatim, sample.answers))),
+        name_correct=Counter(names) == Counter(gold_names), name_f1=f1(names, gold_names),
+        argument_f1=f1(((name, *pair) for name, pairs in predicted for pair in pairs),
+                       ((name, *pair) for name, pairs in gold for pair in pairs)))
+
+
+def reachable(sample: Sample) -> bool:
+    """Whether every gold call is of an offered tool: what is not offered, no method can be expected to call."""
+    return {call.name for call in sample.answers} <= {tool["name"] for tool in sample.tools}
+
+
+# ---------------------------------------------------------------------------------------------------- a run's numbers
+
+# The paper's figures, in percent: Qwen2.5-1.5B-Instruct, the whole benchmark, means of 5 seeds.
+PAPER_GAIN = {"toolalpaca": 5.84, "nexusraven": 6.05, "sealtool": 5.76, "apibank": 4.26}
+PAPER_SEALTOOL = "66.37 -> 72.43"
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a run folder; FileNotFoundError or ValueError in one sentence otherwise."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist: is {path.parent} a run folder of train.py?") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_records(folder: Path) -> list[dict]:
+    """The records of a run, a line each; a torn last line (a run that was killed) is left out."""
+    path = folder / "records.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: is {folder} a run folder of train.py?")
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
+    return records
+
+
+def summarise(records: Sequence[dict]) -> dict:
+    """What a run comes to: counts, accuracies as shares in [0, 1], and the seconds of each stage, summed."""
+    n = len(records)
+    def mean(values): return sum(values) / n if n else math.nan
+    right = [(r["base"]["exact"], r["answer"]["exact"]) for r in records]
+    seconds = Counter()
+    for record in records:
+        seconds.update(record["seconds"])
+    return {
+        "n": n, "uncertain": sum(r["uncertain"] for r in records),
+        **{name: sum(r["outcome"] == outcome for r in records) for name, outcome in
+           (("adapted", "adapted"), ("no_pair", "no pair"), ("non_finite", "non-finite"))},
+        "base_accuracy": mean(b for b, _ in right), "accuracy": mean(a for _, a in right),
+        "fixed": sum(a and not b for b, a in right), "harmed": sum(b and not a for b, a in right),
+        **{f"{when}_{measure}": mean(float(r[when][measure]) for r in records)
+           for when in ("base", "answer") for measure in ("strict", "parsed", "name_correct", "name_f1", "argument_f1")},
+        "reachable": mean(r["reachable"] for r in records),
+        "reasons": dict(Counter(r["answer"]["reason"].partition(":")[0] for r in records if r["answer"]["reason"]).most_common()),
+        "rejected": dict(Counter(j["reason"].partition(":")[0] for r in records for j in r["rejected"]).most_common()),
+        "seconds": {stage: round(total, 3) for stage, total in seconds.items()},
+    }
+
+
+COLUMNS = (("run", None), ("n", "n"), ("uncertain", "uncertain"), ("adapted", "adapted"), ("no pair", "no_pair"),
+           ("base", "base_accuracy"), ("after", "accuracy"), ("gain", "gain"), ("fixed", "fixed"), ("harmed", "harmed"),
+           ("strict", "answer_strict"), ("names", "answer_name_correct"), ("arg F1", "answer_argument_f1"),
+           ("parsed", "answer_parsed"), ("s/sample", "pace"))
+
+
+def table(folders: Sequence[Path]) -> str:
+    """One line a run, under it what may be compared with it; accuracies in percent, by the `exact` rule."""
+    rows, notes = [[name for name, _ in COLUMNS]], []
+    for folder in folders:
+        config, summary = read_json(folder / "config.json"), summarise(read_records(folder))
+        if summary["n"] == 0:
+            notes.append(f"{folder}: no finished sample yet")
+            continue
+        summary["gain"] = summary["accuracy"] - summary["base_accuracy"]
+        summary["pace"] = f"{sum(summary['seconds'].values()) / summary['n']:.2f}"
+        cells = [printable(folder.name)]
+        for name, key in COLUMNS[1:]:
+            value = summary[key]
+            cells.append(f"{100 * value:{'+' if key == 'gain' else ''}.1f}" if isinstance(value, float) else str(value))
+        rows.append(cells)
+        if config.get("data") == "bundled":
+            notes.append(f"{folder.name}: bundled samples, this project's own; not comparable with any benchmark's figures")
+        elif config.get("bench") in PAPER_GAIN:
+            notes.append(f"{folder.name}: the paper, with Qwen2.5-1.5B-Instruct and 5 seeds: gain +{PAPER_GAIN[config['bench']]:.2f}"
+                         + (f" ({PAPER_SEALTOOL})" if config["bench"] == "sealtool" else ""))
+        if summary["non_finite"]:
+            notes.append(f"{folder.name}: {summary['non_finite']} adaptations were not finite and were dropped")
+        if summary["reachable"] < 1:
+            notes.append(f"{folder.name}: at most {summary['reachable']:.1%} can be reached: elsewhere a gold call's tool is not offered")
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
+
+
+# ---------------------------------------------------------------------------------------------- one sample's story
+
+def printable(text: str) -> str:
+    """Text that is safe to print: control characters, which could steer the terminal, are shown as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def story(record: dict, tau: float) -> str:
+    """What happened to one sample, for the terminal: candidates, margin, pairs, losses, the answer before and after."""
+    l = list(record["candidates"].values())
+    weights = [math.exp(value - max(l)) for value in l]
+    chances = sorted(zip((w / sum(weights) for w in weights), record["candidates"]), reverse=True)
+    def verdict(part): return ("right  " if part["exact"] else "wrong  ") + f"{part['text']}" + \
+        (f"   ({part['reason']})" if part["reason"] else "")
+    side = "below" if record["uncertain"] else "not below"
+    rows = [("sample", f"{record['id']}: {record['outcome']}"), ("request", record["request"]),
+            *(("" if i else "candidates", f"{p:6.1%} {'#' * round(30 * p):30} {name}") for i, (p, name) in enumerate(chances)),
+            ("margin", f"{record['margin']:.3f}, {side} tau = {tau}"),
+            *(("pair", f"{pair['request']}\n{calls_line(pair['calls'])}   ({pair['votes']} votes)") for pair in record["pairs"]),
+            *(("rejected", f"{reject['reason']}: {reject['text']}") for reject in record["rejected"])]
+    if record["losses"]:
+        rows.append(("loss", " ".join(f"{loss:.3f}" for loss in record["losses"])))
+    rows += [("before", verdict(record["base"])), ("after", verdict(record["answer"])), ("gold", record["gold"])]
+    return "\n".join(f"{label:>10}  " + printable(text).replace("\n", "\n" + " " * 12) for label, text in rows)
+
+
+def calls_line(calls: Sequence[dict]) -> str:
+    return "; ".join(json.dumps(call, ensure_ascii=False) for call in calls)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program: the table of some run folders, or the story of one sample."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of train.py")
+    parser.add_argument("--sample", metavar="ID", help="tell the story of one sample of the run")
+    args = parser.parse_args(argv)
+    try:
+        if args.sample is None:
+            print(table(args.runs))
+            return 0
+        for folder in args.runs:
+            records = {record["id"]: record for record in read_records(folder)}
+            if args.sample not in records:
+                raise ValueError(f"{folder} has no sample {args.sample!r}; it has {', '.join(list(records)[:3]) or 'none'}, ...")
+            print(story(records[args.sample], read_json(folder / "config.json")["tau"]))
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,385 @@
+"""T, and the whole of TT-SI: Algorithm 1 over a benchmark, one sample after another.
+
+    python train.py --bench nexusraven                              # the bundled demonstration, or the real job on a GPU
+    python train.py --bench sealtool --model Qwen/Qwen2.5-1.5B-Instruct --seed 1
+    python train.py --bench toolalpaca --model ~/models/qwen --adapt suffix --limit 20 --verbose
+    python evaluate.py runs/*                                       # the table of several runs
+
+A run can be stopped at any moment: the same command goes on where it was.
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import evaluate
+from augment import request_text, synthesize
+from data import Sample, call_prompt, call_text
+from lora import TARGETS, Params, adapters, new_params
+from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, generate, load_model, seeded
+from uncertainty import score_candidates, softmax_difference
+
+TINY = Path(data.__file__).parent / "tiny"
+TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
+
+
+def option(default, text: str, group: str, **more):
+    """A field of Config with what its command-line flag needs to know."""
+    return field(default=default, metadata={"help": text, "group": group, **more})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. The paper's value is the default, except where the help says "ours"."""
+    bench: str = option("nexusraven", "benchmark: one of " + ", ".join(data.PUBLISHED), "what to run", choices=tuple(data.PUBLISHED))
+    data: str = option("", "the benchmark's file, or a folder that has it (default: $TTSI_DATA, the cache, a download)", "what to run")
+    model: str = option("", "hub id, folder, or 'tiny', the bundled one (default: Qwen/Qwen2.5-1.5B-Instruct on a GPU, else tiny)",
+                        "what to run")
+    method: str = option("ttsi", "base: direct answers only; ttsi: adapt to the uncertain samples", "what to run",
+                         choices=("base", "ttsi"))
+    seed: int = option(0, "seeds every draw, together with the sample's id", "what to run")
+    limit: int = option(0, "only the first N samples (0: all)", "what to run")
+    tau: float = option(0.95, "uncertain where the softmax difference is below tau, in [0, 1]", "H, uncertainty")
+    k: int = option(1, "synthetic pairs for each uncertain sample", "G, synthetic pairs")
+    pair: str = option("request", "joint (paper): request and call in one go; request (ours): the request, then the majority "
+                       "of sampled calls that fit the schema", "G, synthetic pairs", choices=("joint", "request"))
+    temperature: float = option(0.7, "of the sampling of pairs", "G, synthetic pairs")
+    top_p: float = option(0.95, "nucleus of the sampling of pairs, in (0, 1]", "G, synthetic pairs")
+    adapt: str = option("full", "full (paper): the adapter acts on every token; suffix (ours): only on those after the tools, "
+                        "at about a tenth of the cost", "T, test-time fine-tuning", choices=("full", "suffix"))
+    rank: int = option(8, "rank r of the LoRA adapters", "T, test-time fine-tuning")
+    alpha: float = option(16.0, "LoRA's alpha: the adapter is scaled by alpha / r", "T, test-time fine-tuning")
+    targets: str = option(",".join(TARGETS), "layers that get an adapter", "T, test-time fine-tuning")
+    epochs: int = option(5, "passes over a sample's pairs", "T, test-time fine-tuning")
+    lr: float = option(0.0, "peak learning rate of AdamW (default: 1e-4, the paper's; 2e-3 for the tiny model)",
+                       "T, test-time fine-tuning")
+    warmup: float = option(0.03, "share of the steps that warm up", "T, test-time fine-tuning")
+    max_new_tokens: int = option(256, "longest answer, in tokens", "answers and run folder")
+    out: str = option("", "run folder (default: runs/<bench>-<model>-<method>-s<seed>)", "answers and run folder")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", "answers and run folder")
+    dtype: str = option("auto", "of the base weights; auto: bfloat16 on a GPU, float32 on a CPU", "answers and run folder",
+                        choices=("auto", "float32", "bfloat16"))
+    offline: bool = option(False, "never download anything", "answers and run folder")
+    verbose: bool = option(False, "tell each sample's story as it ends", "answers and run folder")
+    overwrite: bool = option(False, "start anew in a run folder that exists", "answers and run folder")
+
+    def __post_init__(self):
+        for name, holds, allowed in (
+                ("tau", 0 <= self.tau <= 1, "in [0, 1]"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+                ("warmup", 0 <= self.warmup < 1, "in [0, 1)"), ("temperature", self.temperature >= 0, "0 or more"),
+                ("lr", 0 <= self.lr < math.inf, "0 (the default) or more"), ("alpha", 0 < self.alpha < math.inf, "above 0"),
+                ("limit", self.limit >= 0, "0 or more"),
+                *((name, getattr(self, name) >= 1, "1 or more") for name in ("k", "rank", "epochs", "max_new_tokens"))):
+            if not holds:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
+
+
+FREE = ("limit", "out", "device", "offline", "verbose", "overwrite")     # may differ when a run goes on
+
+
+@dataclass
+class Record:
+    """What happened to one sample: a line of records.jsonl. Verdicts are added after the method has finished."""
+    id: str
+    request: str = ""
+    margin: float = math.nan                                    # u(x), the softmax difference
+    uncertain: bool = False
+    candidates: dict[str, float] = field(default_factory=dict)  # tool name -> l_n, nats
+    outcome: str = "certain"                                    # certain | direct | adapted | no pair | non-finite
+    base: dict = field(default_factory=dict)                    # the direct answer: text, exact, reason, ...
+    answer: dict = field(default_factory=dict)                  # the final one
+    pairs: list = field(default_factory=list)
+    rejected: list = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)           # of every training step
+    gold: str = ""                                              # filled with the verdicts, for the reader
+    reachable: bool = True                                      # whether the gold's tools are all on offer
+    seconds: dict[str, float] = field(default_factory=dict)     # stage -> s
+    tokens: dict[str, int] = field(default_factory=dict)        # prompt, base, train, answer
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to seconds[name]."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
+
+
+@dataclass(frozen=True)
+class Agent:
+    """The frozen model M with its tokenizer and the KV caches of the prefixes that it has read."""
+    model: Qwen2
+    tokenizer: Tokenizer
+    prefixes: PrefixCaches
+
+
+def fine_tune(agent: Agent, examples: Sequence[tuple[list[int], list[int]]], params: Params, config: Config,
+              prefix: KVCache | None = None) -> list[float]:
+    """T: train the adapters that are on the model; the loss of each step, in nats a token.
+
+    examples: (prompt ids, answer ids), the loss is on the answer's. prefix: what the prompts continue, read with the
+    base weights (--adapt suffix), or None (full). Raises FloatingPointError on a loss or gradient that is not finite.
+    """
+    tensors = [tensor for pair in params.values() for tensor in pair]
+    # paper: AdamW, lr 1e-4, cosine, 3 % warm-up, batch 1. ours: no weight decay, gradients clipped to norm 1.
+    optimizer = torch.optim.AdamW(tensors, lr=config.lr, weight_decay=0.0)
+    steps, losses = config.epochs * len(examples), []
+    for step in range(steps):
+        prompt, answer = examples[step % len(examples)]
+        ids = torch.tensor([[*prompt, *answer[:-1]]], device=agent.model.device)
+        hidden = agent.model(ids, None if prefix is None else prefix.fork())[0, len(prompt) - 1:]
+        loss = F.cross_entropy(agent.model.logits(hidden), torch.tensor(answer, device=agent.model.device))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+        losses.append(loss.item())
+        if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
+            raise FloatingPointError(f"step {step + 1} of {steps}: loss {losses[-1]}, gradient norm {norm}")
+        optimizer.param_groups[0]["lr"] = config.lr * schedule(step, steps, config.warmup)
+        optimizer.step()
+    return losses
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """The share of the peak learning rate at a step (from 0): linear warm-up, then half a cosine down to 0."""
+    # ours: the warm-up is rounded down. The usual scheduler rounds it up to a whole step of learning rate 0, which
+    # of five steps would be one that does nothing.
+    warm = int(warmup * steps)
+    if step < warm:
+        return step / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def answer(agent: Agent, prompt: list[int], config: Config, cache: KVCache | None = None) -> dict:
+    """Greedy decoding of the answer to a prompt, which continues `cache`."""
+    ids = generate(agent.model, [prompt], agent.tokenizer.eos, config.max_new_tokens, cache)[0]
+    return {"text": agent.tokenizer.decode(ids), "tokens": len(ids)}
+
+
+def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
+    """Algorithm 1 for one test sample (without its answers); the base weights are the same bits before and after."""
+    model, tokenizer = agent.model, agent.tokenizer
+    record = Record(sample.id, request_text(sample))
+    head, rest = tokenizer.split_chat(call_prompt(sample))              # head: system text and tools; rest: the request
+    with record.stage("prefill"):                                       #     x_i is read once, with theta_0, for all that follows
+        prefix = agent.prefixes.read(head)
+        cache = prefix.fork()
+        with torch.no_grad():
+            model(torch.tensor([rest[:-1]], device=model.device), cache)
+    with record.stage("score"):
+        names = [tool["name"] for tool in sample.tools]
+        scores = score_candidates(model, tokenizer, cache, rest[-1:], names)                  # l.2  l_n, (N,) nats
+        record.candidates = dict(zip(names, scores.tolist()))
+        record.margin = softmax_difference(scores)                                            # l.3  u(x_i)
+        record.uncertain = record.margin < config.tau
+    with record.stage("base"):                                          #     always there, so that a run shows before and after
+        record.base = record.answer = answer(agent, rest[-1:], config, cache)
+    if not record.uncertain or config.method == "base":                                       # l.4  sure enough: answer as is
+        record.outcome = "direct" if record.uncertain else "certain"
+        return record
+    with record.stage("pairs"):                                                               # l.5  G: K new (x', y')
+        pairs, rejected = synthesize(model, tokenizer, agent.prefixes, sample, config.k, config.pair,
+                                     config.temperature, config.top_p, config.seed)
+        record.pairs, record.rejected = [asdict(p) for p in pairs], [asdict(r) for r in rejected]
+    if not pairs:
+        record.outcome = "no pair"                                      #     nothing to learn from: the direct answer stands
+        return record
+    examples = [(tokenizer.split_chat(call_prompt(Sample(sample.id, ({"role": "user", "content": p.request},), sample.tools)))[1],
+                 tokenizer.encode(call_text(p.calls)) + [tokenizer.im_end]) for p in pairs]
+    if config.adapt == "full":                                          #     the adapter acts on the tools' text, too
+        examples, prefix, rest = [(head + prompt, target) for prompt, target in examples], None, head + rest
+    params = new_params(model, config.rank, [seeded(config.seed, sample.id, "lora")], config.targets.split(","))
+    with adapters(model, params, config.alpha):                                               # l.6  theta' = theta_0 + BA
+        try:
+            with record.stage("train"):
+                record.losses = fine_tune(agent, examples, params, config, prefix)            # l.7  T
+        except FloatingPointError:
+            record.outcome = "non-finite"
+            return record
+        with record.stage("answer"):
+            record.answer = answer(agent, rest, config, prefix)                               # l.8  answer with theta_i*
+    record.outcome = "adapted"
+    return record                                                                             # l.9  the adapter is gone: theta_0
+
+
+# --------------------------------------------------------------------------------------------------- the run folder
+
+def write_json(path: Path, value) -> None:
+    """Write a file whole or not at all: to a temporary name, synced, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def open_run(folder: Path, config: Config) -> list[dict]:
+    """Make the run folder, or go on in it: the records that it has. ValueError if it is another configuration's run."""
+    path, records_path = folder / "config.json", folder / "records.jsonl"
+    if config.overwrite:
+        for old in (path, records_path, folder / "summary.json"):
+            old.unlink(missing_ok=True)
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [f"{name} is {before.get(name)!r} there, {value!r} now" for name, value in asdict(config).items()
+                 if name not in FREE and before.get(name) != value]
+        if other:
+            raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(other)}): choose another --out, "
+                             "or start it anew with --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(config))
+    if not records_path.is_file():
+        return []
+    text = records_path.read_bytes()
+    whole = text[:text.rfind(b"\n") + 1]
+    if whole != text:                                  # the process was killed in the middle of its last write
+        print(f"{records_path}: the last line is torn and is cut off; that sample is computed again")
+        os.truncate(records_path, len(whole))
+    return evaluate.read_records(folder)
+
+
+def append_record(folder: Path, record: Record) -> dict:
+    """Add one line in one write, flushed and synced: a kill loses at most the sample under way."""
+    line = asdict(record)
+    with open(folder / "records.jsonl", "ab", buffering=0) as file:
+        file.write((json.dumps(line) + "\n").encode())
+        os.fsync(file.fileno())
+    return line
+
+
+def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, done: list[dict]) -> list[dict]:
+    """Algorithm 1 over the samples that have no record yet; gives all records, in the samples' order."""
+    records = {record["id"]: record for record in done}
+    bar = tqdm([s for s in samples if s.id not in records], initial=len(records), total=len(samples), unit="sample",
+               dynamic_ncols=True)
+    for sample in bar:
+        record = self_improve(agent, sample.without_answers(), config)
+        for part in (record.base, record.answer):
+            part.update(asdict(evaluate.exact_match(part["text"], sample)))
+        record.gold, record.reachable = call_text(sample.answers), evaluate.reachable(sample)
+        records[sample.id] = append_record(folder, record)
+        if config.verbose:
+            bar.write(evaluate.story(records[sample.id], config.tau) + "\n")
+        now = evaluate.summarise(list(records.values()))
+        bar.set_postfix_str(f"base {now['base_accuracy']:.1%} now {now['accuracy']:.1%} adapted {now['adapted'] / now['n']:.0%}")
+    return [records[s.id] for s in samples if s.id in records]
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+def parse_args(argv: Sequence[str] | None) -> Config:
+    """The command line as a Config: one flag a field, grouped by the phases of Algorithm 1."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    for f in fields(Config):
+        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
+        groups[f.metadata["group"]] = group
+        text = f.metadata["help"] + ("" if f.default in ("", False, 0.0) else f" (default: {f.default})").replace("%", "%%")
+        flag = "--" + f.name.replace("_", "-")
+        if isinstance(f.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
+        else:
+            choices = f.metadata.get("choices")
+            group.add_argument(flag, type=type(f.default), default=f.default, choices=choices, help=text,
+                               metavar=None if choices else f.name.upper())
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def choose(config: Config) -> tuple[Config, str]:
+    """Fill in what the user left open, and a line that says what was chosen, why, and the flag that changes it."""
+    cuda = torch.cuda.is_available()
+    device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
+    if config.model:
+        model, why = config.model, "as --model says"
+    elif cuda:
+        model, why = "Qwen/Qwen2.5-1.5B-Instruct", "there is a CUDA device; --model changes it"
+    else:
+        model, why = "tiny", "no CUDA device was found; --model changes it"
+    dtype = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
+    source = "bundled" if model == "tiny" and not config.data else config.data
+    name = "the bundled tiny model" if model == "tiny" else model
+    samples = "bundled samples (this project's own, not the benchmark; --data FILE runs the real one)" if source == "bundled" \
+        else "the real samples" + (f" in {source}" if source else "")
+    out = config.out or f"runs/{config.bench}-{Path(model).name}-{config.method}-s{config.seed}"
+    chosen = {**asdict(config), "model": model, "device": device, "dtype": dtype, "data": source, "out": out,
+              "lr": config.lr or (TINY_LR if model == "tiny" else 1e-4)}
+    return Config(**chosen), f"{config.bench}: {name} ({why}) on {samples}; {device}, {dtype}"
+
+
+def set_up(config: Config) -> tuple[Agent, list[Sample]]:
+    """Load samples, tokenizer and model; ValueError, FileNotFoundError or ConnectionError in one sentence."""
+    bundled = config.data == "bundled"
+    samples = data.load(config.bench, None if bundled else config.data or None, offline=config.offline, bundled=bundled)
+    samples = samples[:config.limit or None]
+    folder = TINY if config.model == "tiny" else find_checkpoint(config.model, config.offline)
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {config.device}: not usable here ({str(error).splitlines()[0]})") from error
+    tokenizer = Tokenizer(folder)
+    model = load_model(folder, device, getattr(torch, config.dtype))
+    room = model.config.max_position_embeddings - config.max_new_tokens
+    for sample in samples:
+        if (length := len(tokenizer.chat(call_prompt(sample)))) > room:
+            raise ValueError(f"{sample.id}: its prompt of {length} tokens and an answer of {config.max_new_tokens} exceed the "
+                             f"model's context of {model.config.max_position_embeddings}: lower --max-new-tokens, or leave it out")
+    return Agent(model, tokenizer, PrefixCaches(model)), samples
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; gives its exit code: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    try:
+        config, line = choose(parse_args(argv))
+        print(line, flush=True)
+        folder = Path(config.out)
+        agent, samples = set_up(config)
+        done = open_run(folder, config)
+    except (ValueError, OSError) as error:              # FileNotFoundError and ConnectionError are OSErrors
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    if done:
+        print(f"{folder}: going on after {len(done)} finished samples (--overwrite starts anew)")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupted = False
+    try:
+        run(agent, samples, config, folder, done)
+    except KeyboardInterrupt:
+        interrupted = True
+    records = evaluate.read_records(folder)
+    if records:
+        write_json(folder / "summary.json", evaluate.summarise(records))
+        print(evaluate.table([folder]))
+    if interrupted:
+        print(f"Interrupted after {len(records)} of {len(samples)} samples: the same command goes on from here.")
+        return 130
+    print(closing_line(config, records, folder))
+    return 0
+
+
+def closing_line(config: Config, records: list[dict], folder: Path) -> str:
+    """What to try next."""
+    changed = next((r for r in records if r["base"]["exact"] != r["answer"]["exact"]), None) or \
+        next((r for r in records if r["outcome"] == "adapted"), records[0])
+    return f"Next: python evaluate.py {folder} --sample {changed['id']}    tells that sample's story."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
