@@ -106,7 +106,7 @@ class Record:
     gold: str = ""                                              # filled with the verdicts, for the reader
     reachable: bool = True                                      # whether the gold's tools are all on offer
     seconds: dict[str, float] = field(default_factory=dict)     # stage -> s
-    tokens: dict[str, int] = field(default_factory=dict)        # prompt, base, train, answer
+    tokens: dict[str, int] = field(default_factory=dict)        # stage -> tokens read (prefill, train) or written (base, answer)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -165,10 +165,10 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def answer(agent: Agent, prompt: list[int], config: Config, cache: KVCache | None = None) -> dict:
-    """Greedy decoding of the answer to a prompt, which continues `cache`."""
+def answer(agent: Agent, prompt: list[int], config: Config, cache: KVCache | None = None) -> tuple[dict, int]:
+    """Greedy decoding of the answer to a prompt, which continues `cache`; also how many tokens it has."""
     ids = generate(agent.model, [prompt], agent.tokenizer.eos, config.max_new_tokens, cache)[0]
-    return {"text": agent.tokenizer.decode(ids), "tokens": len(ids)}
+    return {"text": agent.tokenizer.decode(ids)}, len(ids)
 
 
 def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
@@ -177,6 +177,7 @@ def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
     record = Record(sample.id, request_text(sample))
     head, rest = tokenizer.split_chat(call_prompt(sample))              # head: system text and tools; rest: the request
     with record.stage("prefill"):                                       #     x_i is read once, with theta_0, for all that follows
+        record.tokens["prefill"] = len(head) + len(rest)
         prefix = agent.prefixes.read(head)
         cache = prefix.fork()
         with torch.no_grad():
@@ -188,7 +189,8 @@ def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
         record.margin = softmax_difference(scores)                                            # l.3  u(x_i)
         record.uncertain = record.margin < config.tau
     with record.stage("base"):                                          #     always there, so that a run shows before and after
-        record.base = record.answer = answer(agent, rest[-1:], config, cache)
+        record.base, record.tokens["base"] = answer(agent, rest[-1:], config, cache)
+    record.answer = dict(record.base)
     if not record.uncertain or config.method == "base":                                       # l.4  sure enough: answer as is
         record.outcome = "direct" if record.uncertain else "certain"
         return record
@@ -207,12 +209,13 @@ def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
     with adapters(model, params, config.alpha):                                               # l.6  theta' = theta_0 + BA
         try:
             with record.stage("train"):
+                record.tokens["train"] = config.epochs * sum(len(p) + len(a) for p, a in examples)
                 record.losses = fine_tune(agent, examples, params, config, prefix)            # l.7  T
         except FloatingPointError:
             record.outcome = "non-finite"
             return record
         with record.stage("answer"):
-            record.answer = answer(agent, rest, config, prefix)                               # l.8  answer with theta_i*
+            record.answer, record.tokens["answer"] = answer(agent, rest, config, prefix)      # l.8  answer with theta_i*
     record.outcome = "adapted"
     return record                                                                             # l.9  the adapter is gone: theta_0
 

@@ -34,7 +34,10 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def transformers_model(folder: Path):
-    return pytest.importorskip("transformers").Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model, info = pytest.importorskip("transformers").Qwen2ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]     # else it would make up what our files lack
+    return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------------- the network
