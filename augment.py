@@ -32,10 +32,13 @@ MAX_CALL_TOKENS = 192
 
 @dataclass(frozen=True)
 class Pair:
-    """A synthetic training example: a request and the calls that answer it. votes: how many of the labels agreed."""
+    """A synthetic training example: a request and the answer to it, as calls and as the text that is trained on."""
     request: str
     calls: tuple[Call, ...]
-    votes: int = 1
+    # ours: the text is the model's own, so that training sharpens what it calls and does not change how it writes it
+    # (a model that leaves out the tags, trained to write them, goes on with further calls).
+    text: str
+    votes: int = 1                      # how many of the sampled labels agreed
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ def check_calls(calls: Sequence[Call], sample: Sample) -> str:
     return next((reason for call in calls if (reason := check_call(call, sample.tools))), "")
 
 
-def majority(texts: Sequence[str], sample: Sample) -> tuple[tuple[Call, ...], int, Counter]:
-    """The calls that most of the texts give among those that fit the schema, their votes, and why the others fell out."""
+def majority(texts: Sequence[str], sample: Sample) -> tuple[str, int, Counter]:
+    """The first text that gives the calls which most give, among those that fit the schema ("" if none does), the votes
+    for it, and why the others fell out."""
     votes, first, reasons = Counter(), {}, Counter()
     for text in texts:
         calls = parse_calls(text).calls
@@ -90,9 +94,9 @@ def majority(texts: Sequence[str], sample: Sample) -> tuple[tuple[Call, ...], in
             continue
         key = calls_key(calls, sample.tools)
         votes[key] += 1
-        first.setdefault(key, calls)
+        first.setdefault(key, text)
     if not votes:
-        return (), 0, reasons
+        return "", 0, reasons
     key, count = votes.most_common(1)[0]                # the first seen among equals
     return first[key], count, reasons
 
@@ -120,20 +124,20 @@ def synthesize(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, sampl
         if not reason and any(request == pair.request for pair in pairs):
             reason = "copy of an earlier pair"
         if not reason and mode == "joint":
-            calls, votes = parse_calls(rest).calls, 1
-            reason = check_calls(calls, sample)
+            text, votes = rest.strip(), 1
+            reason = check_calls(parse_calls(text).calls, sample)
         elif not reason:
             head, prompt = tokenizer.split_chat(call_prompt(with_request(sample, request)))
             generators = [seeded(seed, sample.id, "label", attempt, i) for i in range(LABELS)]
             texts = generate(model, [prompt] * LABELS, tokenizer.eos, MAX_CALL_TOKENS, prefixes.read(head), temperature, top_p,
                              generators)
             texts = [tokenizer.decode(ids) for ids in texts]
-            calls, votes, reasons = majority(texts, sample)
-            if not calls:
+            text, votes, reasons = majority(texts, sample)
+            if not text:
                 reason = reasons.most_common(1)[0][0]
                 written += "\n" + texts[0]
         if reason:
             rejected.append(Rejected(written, reason))
         else:
-            pairs.append(Pair(request, calls, votes))
+            pairs.append(Pair(request, parse_calls(text).calls, text.strip(), votes))
     return pairs, rejected

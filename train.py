@@ -202,7 +202,7 @@ def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
         record.outcome = "no pair"                                      #     nothing to learn from: the direct answer stands
         return record
     examples = [(tokenizer.split_chat(call_prompt(Sample(sample.id, ({"role": "user", "content": p.request},), sample.tools)))[1],
-                 tokenizer.encode(call_text(p.calls)) + [tokenizer.im_end]) for p in pairs]
+                 tokenizer.encode(p.text) + [tokenizer.im_end]) for p in pairs]
     if config.adapt == "full":                                          #     the adapter acts on the tools' text, too
         examples, prefix, rest = [(head + prompt, target) for prompt, target in examples], None, head + rest
     params = new_params(model, config.rank, [seeded(config.seed, sample.id, "lora")], config.targets.split(","))

@@ -1,0 +1,250 @@
+"""T, and Algorithm 1 as a whole, end to end on the bundled model and samples."""
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import lora
+import train
+from data import Sample, call_prompt
+from data.calls import Call
+from model import PrefixCaches, Tokenizer, load_model, seeded
+from train import TINY, Agent, Config, fine_tune, main, schedule, self_improve
+
+CONFIG = Config(bench="toolalpaca", lr=train.TINY_LR, max_new_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def agent() -> Agent:
+    model = load_model(TINY)
+    return Agent(model, Tokenizer(TINY), PrefixCaches(model))
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return data.load("toolalpaca", bundled=True)
+
+
+def bits(model) -> dict[str, bytes]:
+    return {name: p.detach().numpy().tobytes() for name, p in model.named_parameters()}
+
+
+def plain(record: train.Record) -> dict:
+    """A record without what differs from run to run."""
+    return {name: value for name, value in dataclasses.asdict(record).items() if name != "seconds"}
+
+
+def adapted(agent, samples, config=CONFIG, n=3) -> list[tuple[Sample, train.Record]]:
+    """The first n samples that end up adapted, and their records."""
+    found = []
+    for sample in samples:
+        record = self_improve(agent, sample.without_answers(), config)
+        found += [(sample, record)] * (record.outcome == "adapted")
+        if len(found) == n:
+            return found
+    raise AssertionError(f"only {len(found)} of the bundled samples were adapted")
+
+
+# ------------------------------------------------------------------------------------------------------- Algorithm 1
+
+@pytest.mark.parametrize("adapt", ["full", "suffix"])
+def test_the_base_weights_keep_every_bit_and_the_adapter_is_gone(agent, samples, adapt):
+    before, modules = bits(agent.model), list(agent.model.modules())
+    adapted(agent, samples, dataclasses.replace(CONFIG, adapt=adapt))
+    assert bits(agent.model) == before and list(agent.model.modules()) == modules
+
+
+def test_a_fitting_that_fails_keeps_the_direct_answer_is_counted_and_leaves_no_trace(agent, samples, monkeypatch):
+    sample, good = adapted(agent, samples, n=1)[0]
+    before = bits(agent.model)
+    real = F.cross_entropy
+    losses = []
+
+    def poisoned(*args, **kwargs):
+        losses.append(real(*args, **kwargs))
+        return losses[-1] * (math.nan if len(losses) == 3 else 1)
+    monkeypatch.setattr(F, "cross_entropy", poisoned)
+    record = self_improve(agent, sample.without_answers(), CONFIG)
+    assert (record.outcome, record.answer["text"]) == ("non-finite", record.base["text"]) and len(losses) == 3
+    assert bits(agent.model) == before
+    monkeypatch.undo()
+    assert plain(self_improve(agent, sample.without_answers(), CONFIG)) == plain(good)
+
+
+def test_a_sure_sample_is_never_trained_on(agent, samples, monkeypatch):
+    monkeypatch.setattr(train, "fine_tune", None)               # calling it would fail
+    monkeypatch.setattr(train, "synthesize", None)
+    for sample in samples[:5]:
+        record = self_improve(agent, sample.without_answers(), dataclasses.replace(CONFIG, tau=0.0))
+        assert record.outcome == "certain" and record.answer["text"] == record.base["text"]
+
+
+def test_a_sample_with_one_tool_is_sure(agent, samples):
+    record = self_improve(agent, dataclasses.replace(samples[0], tools=samples[0].tools[:1]).without_answers(), CONFIG)
+    assert (record.margin, record.outcome) == (1.0, "certain")
+
+
+@pytest.mark.parametrize("adapt", ["full", "suffix"])
+def test_one_samples_adapter_never_touches_the_next(agent, samples, adapt):
+    config = dataclasses.replace(CONFIG, adapt=adapt)
+    def run(order): return {s.id: plain(self_improve(agent, s.without_answers(), config)) for s in order}
+    few = [sample for sample, _ in adapted(agent, samples, config, n=2)] + samples[:2]
+    assert run(few) == run(few[::-1]) == run(few)
+
+
+def test_labels_never_reach_the_method(agent, samples):
+    sample, record = adapted(agent, samples, n=1)[0]
+    canary = dataclasses.replace(sample, answers=(Call("canary", {"x": "canary"}),))
+    assert plain(self_improve(agent, canary, CONFIG)) == plain(record)
+
+
+def test_base_asks_once_and_adapts_nothing(agent, samples):
+    sample, record = adapted(agent, samples, n=1)[0]
+    direct = self_improve(agent, sample.without_answers(), dataclasses.replace(CONFIG, method="base"))
+    assert direct.outcome == "direct" and direct.answer["text"] == record.base["text"] and not direct.pairs
+
+
+# -------------------------------------------------------------------------------------------------------- fine_tune
+
+class MaskedLoRA(lora.LoRALinear):
+    """The plain twin of --adapt suffix: one full pass in which the adapter is switched off before `start`."""
+    start = 0
+
+    def forward(self, x):
+        on = (torch.arange(x.shape[1]) >= self.start)[None, :, None]
+        return self.base(x) + (super().forward(x) - self.base(x)) * on
+
+
+@pytest.mark.parametrize("adapt", ["full", "suffix"])
+def test_training_equals_a_plain_loop_over_the_whole_prompt(agent, samples, adapt, monkeypatch):
+    model, tokenizer = agent.model, agent.tokenizer
+    head, rest = tokenizer.split_chat(call_prompt(samples[0]))
+    answer = tokenizer.encode(data.call_text(samples[0].answers)) + [tokenizer.im_end]
+    config = dataclasses.replace(CONFIG, adapt=adapt)
+
+    def fresh(): return lora.new_params(model, 4, [seeded("twin")])
+    ours = fresh()
+    with lora.adapters(model, ours, 16.0):
+        prefix = agent.prefixes.read(head) if adapt == "suffix" else None
+        losses = fine_tune(agent, [(rest if prefix else head + rest, answer)], ours, config, prefix)
+
+    twin, twin_losses = fresh(), []
+    monkeypatch.setattr(lora, "LoRALinear", MaskedLoRA)
+    monkeypatch.setattr(MaskedLoRA, "start", len(head) if adapt == "suffix" else 0)
+    with lora.adapters(model, twin, 16.0) as tensors:
+        optimizer = torch.optim.AdamW(tensors, weight_decay=0.0)
+        for step in range(config.epochs):
+            ids = torch.tensor([head + rest + answer])
+            logits = model.logits(model(ids))[0, :-1]                       # every position, as a plain version would
+            mask = torch.arange(ids.shape[1] - 1) >= len(head + rest) - 1
+            loss = F.cross_entropy(logits[mask], ids[0, 1:][mask])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+            optimizer.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.epochs))
+            optimizer.step()
+            twin_losses.append(loss.item())
+    assert losses == pytest.approx(twin_losses, abs=1e-5) and losses[-1] < losses[0]
+    for name in ours:
+        for mine, theirs in zip(ours[name], twin[name]):
+            assert (mine - theirs).abs().max() < 1e-5
+
+
+def test_the_schedule_by_hand():
+    assert [round(schedule(s, 5, 0.03), 3) for s in range(5)] == [1.0, 0.905, 0.655, 0.345, 0.095]
+    assert [schedule(s, 100, 0.03) for s in range(4)] == [0, 1 / 3, 2 / 3, 1.0]
+    assert schedule(99, 100, 0.0) < 0.001
+
+
+# ------------------------------------------------------------------------------------------------------ the program
+
+def run(tmp_path, *flags, out="run", code=0) -> list[dict]:
+    folder = tmp_path / out
+    assert main(["--bench", "nexusraven", "--model", "tiny", "--device", "cpu", "--out", str(folder), *flags]) == code
+    return evaluate.read_records(folder) if code == 0 else []
+
+
+def without_seconds(records): return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+
+
+def test_a_run_folder_holds_what_others_rely_on(tmp_path, capsys):
+    records = run(tmp_path, "--limit", "4")
+    for key in ("id", "margin", "uncertain", "candidates", "base", "answer", "pairs", "rejected", "losses", "seconds"):
+        assert all(key in record for record in records)
+    assert {"text", "exact", "reason"} <= records[0]["base"].keys() & records[0]["answer"].keys()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"n", "uncertain", "base_accuracy", "accuracy", "fixed", "harmed", "seconds"} <= summary.keys()
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].count("bundled") == 2 and "--model" in printed and "fixed" in printed
+
+
+def test_a_run_that_was_cut_at_any_byte_goes_on_and_ends_the_same(tmp_path, capsys):
+    whole = run(tmp_path, "--limit", "4")
+    path = tmp_path / "run" / "records.jsonl"
+    content = path.read_bytes()
+    for cut in (0, 10, content.index(b"\n") + 1, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:cut])
+        assert without_seconds(run(tmp_path, "--limit", "4")) == without_seconds(whole)
+    assert "torn" in capsys.readouterr().out
+
+
+def test_finished_samples_are_not_computed_again(tmp_path, monkeypatch):
+    run(tmp_path, "--limit", "2")
+    monkeypatch.setattr(train, "self_improve", None)
+    assert len(run(tmp_path, "--limit", "2")) == 2
+
+
+def test_another_configuration_does_not_go_into_the_same_folder(tmp_path, capsys):
+    before = run(tmp_path, "--limit", "1", "--seed", "1")
+    run(tmp_path, "--limit", "1", "--seed", "2", code=2)
+    error = capsys.readouterr().err
+    assert "seed is 1 there, 2 now" in error and "--overwrite" in error
+    assert without_seconds(evaluate.read_records(tmp_path / "run")) == without_seconds(before)
+    run(tmp_path, "--limit", "1", "--seed", "2", "--overwrite")
+
+
+def small(**changes) -> str:
+    item = {"query": "hi", "tools": [{"name": "f", "description": "", "parameters": {}}], "answers": [{"name": "f", "arguments": {}}]}
+    return json.dumps([item | changes])
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--tau", "1.5"], "--tau 1.5"), (["--tau", "nan"], "--tau"), (["--k", "0"], "--k 0"), (["--lr", "-1"], "--lr"),
+    (["--model", "./nowhere"], "no such folder"), (["--model", "nobody/nothing", "--data", "FILE", "--offline"], "--model nobody/nothing"),
+    (["--model", "EMPTY", "--data", "FILE"], "config.json"), (["--targets", "x_proj"], "x_proj"),
+    (["--data", "nowhere.json"], "nowhere.json"), (["--data", "BROKEN"], "broken.json"), (["--data", "VOID"], "void.json"),
+    (["--data", "LONG"], "2048"), (["--device", "nonsense"], "--device nonsense"), (["--max-new-tokens", "2040"], "context")])
+def test_a_users_mistake_is_one_line_code_2_and_nothing_written(tmp_path, capsys, flags, said):
+    (tmp_path / "empty").mkdir()
+    files = {"EMPTY": tmp_path / "empty"}
+    for name, content in (("FILE", small()), ("BROKEN", "[{"), ("VOID", "[]"), ("LONG", small(query="word " * 3000))):
+        files[name] = tmp_path / f"{name.lower()}.json"
+        files[name].write_text(content)
+    run(tmp_path, *[str(files.get(flag, flag)) for flag in flags], code=2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("train.py: error: ") and said in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_bench_is_refused_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--bench", "nonsense"])
+    assert exit_.value.code == 2 and "sealtool" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_prints_its_table_and_how_to_go_on(tmp_path, monkeypatch, capsys):
+    real, calls = train.self_improve, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, "self_improve", interrupted)
+    run(tmp_path, "--limit", "5", code=130)
+    assert "2 of 5" in capsys.readouterr().out and len(evaluate.read_records(tmp_path / "run")) == 2
