@@ -25,7 +25,8 @@ Under the second, write the tool calls that answer it, each in this form:
 PAIR_START = '1. "{request}"\n2. "'
 
 TRIES = 3               # for each of the K pairs
-LABELS = 5              # sampled calls for a new request, of which the majority is its label (--pair request)
+LABELS = 5              # sampled calls for a new request, of which the majority is its label (--pair request) ...
+AGREE = 2               # ... if at least so many agree: one draw alone is often a slip, and a slip is learnt in five steps
 MAX_REQUEST_TOKENS = 128
 MAX_CALL_TOKENS = 192
 
@@ -84,8 +85,8 @@ def check_calls(calls: Sequence[Call], sample: Sample) -> str:
 
 
 def majority(texts: Sequence[str], sample: Sample) -> tuple[str, int, Counter]:
-    """The first text that gives the calls which most give, among those that fit the schema ("" if none does), the votes
-    for it, and why the others fell out."""
+    """The first text that gives the calls which most give, among those that fit the schema, the votes for it, and why the
+    others fell out; "" where fewer than AGREE agree."""
     votes, first, reasons = Counter(), {}, Counter()
     for text in texts:
         calls = parse_calls(text).calls
@@ -95,9 +96,9 @@ def majority(texts: Sequence[str], sample: Sample) -> tuple[str, int, Counter]:
         key = calls_key(calls, sample.tools)
         votes[key] += 1
         first.setdefault(key, text)
-    if not votes:
-        return "", 0, reasons
-    key, count = votes.most_common(1)[0]                # the first seen among equals
+    key, count = votes.most_common(1)[0] if votes else (None, 0)        # the first seen among equals
+    if count < AGREE:
+        return "", count, reasons or Counter({"no two calls agree": 1})
     return first[key], count, reasons
 
 

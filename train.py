@@ -360,7 +360,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if done:
         print(f"{folder}: going on after {len(done)} finished samples (--overwrite starts anew)")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    def stop(*_): raise KeyboardInterrupt
+    for number in (signal.SIGINT, signal.SIGTERM):      # also where a shell's background job ignores SIGINT
+        signal.signal(number, stop)
     interrupted = False
     try:
         run(agent, samples, config, folder, done)

@@ -30,6 +30,11 @@ def test_the_label_is_the_majority_of_the_calls_that_fit_the_schema():
     assert sum(reasons.values()) == 4 and "no call could be read" in reasons
 
 
+def test_one_draw_alone_is_no_majority():
+    assert majority([call_text((c,)) for c in (OSLO, PARIS)], SAMPLE) == ("", 1, {"no two calls agree": 1})
+    assert majority([call_text((c,)) for c in (OSLO, UNKNOWN)], SAMPLE)[::2] == ("", {"unknown argument: town": 1})
+
+
 def test_votes_are_for_meanings_not_for_spellings():
     same = ['{"name": "get_weather", "arguments": {"city": "Paris", "days": 5}}',
             '{"name": "get_weather", "arguments": {"days": "5", "city": " Paris"}}']

@@ -17,7 +17,8 @@ def trained(model, rows: int = 1, targets=TARGETS, rank: int = RANK):
     """Adapters as after some training: B is not zero any more, and every row has its own."""
     params = new_params(model, rank, [torch.Generator().manual_seed(row) for row in range(rows)], targets)
     for _, B in params.values():
-        B.data = torch.stack([torch.randn(B.shape[1:], generator=torch.Generator().manual_seed(row)) * 0.1 for row in range(rows)])
+        for row in range(rows):
+            B.data[row] = 0.1 * torch.randn(B.shape[1:], generator=torch.Generator().manual_seed(row))
     return params
 
 
@@ -49,7 +50,8 @@ def peft_model(folder, params=None, targets=TARGETS, rank: int = RANK):
     """transformers' model with a peft adapter, which is filled from `params` where they are given."""
     peft = pytest.importorskip("peft")
     base = pytest.importorskip("transformers").Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=list(targets), lora_dropout=0.0))
+    config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=list(targets), lora_dropout=0.0)
+    theirs = peft.get_peft_model(base, config)
     for name, pair in (params or {}).items():
         for weight, tensor in zip(peft_weights(theirs, name), pair):
             weight.data.copy_(tensor[0])
@@ -252,11 +254,12 @@ def test_targets_are_the_layers_of_these_names_and_no_others(model):
 
 def test_a_saved_adapter_is_read_back_bit_for_bit(model, tmp_path):
     params = trained(model, ROWS)
-    save_adapter(tmp_path / "new" / "adapter", params, ALPHA, row=2, base_model="org/name")
-    loaded, alpha = load_adapter(tmp_path / "new" / "adapter", model)
+    folder = tmp_path / "new" / "adapter"
+    save_adapter(folder, params, ALPHA, row=2, base_model="org/name")
+    loaded, alpha = load_adapter(folder, model)
     assert alpha == ALPHA and loaded.keys() == params.keys()
     assert all(torch.equal(t[2:], other) for name in params for t, other in zip(params[name], loaded[name]))
-    assert json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/name"
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/name"
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -266,7 +269,8 @@ MISFITS = {
     "a vector": (lambda c, t: t.update({LAYER + "A.weight": torch.ones(32)}), "q_proj"),
     "half a pair": (lambda c, t: t.pop(LAYER + "B.weight"), "q_proj"),
     "an unknown layer": (lambda c, t: t.update({LAYER.replace("q_proj", "c_attn") + "A.weight": torch.ones(1)}), "c_attn"),
-    "a norm": (lambda c, t: t.update({f"base_model.model.model.norm.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}), "norm"),
+    "a norm": (lambda c, t: t.update({LAYER.replace("layers.0.self_attn.q_proj", "norm") + f"{x}.weight": torch.ones(4, 4)
+                                      for x in "AB"}), "norm"),
     "a whole layer": (lambda c, t: t.update({"base_model.model.lm_head.weight": torch.ones(4, 4)}), "tensors"),
     "DoRA": (lambda c, t: c.update(use_dora=True), "use_dora"),
     "rank-stabilised": (lambda c, t: c.update(use_rslora=True), "use_rslora"),
@@ -282,10 +286,11 @@ MISFITS = {
 def test_an_adapter_that_does_not_fit_is_refused_by_name(misfit, model, tmp_path):
     change, word = MISFITS[misfit]
     save_adapter(tmp_path, trained(model), ALPHA)
-    config, state = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
+    config_file, tensor_file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config, state = json.loads(config_file.read_text()), load_file(tensor_file)
     change(config, state)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(state, tmp_path / "adapter_model.safetensors")
+    config_file.write_text(json.dumps(config))
+    save_file(state, tensor_file)
     with pytest.raises(ValueError, match=word):
         load_adapter(tmp_path, model)
 

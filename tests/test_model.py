@@ -1,4 +1,4 @@
-"""model.py against Hugging Face's Qwen2 (where it is installed), against golden numbers of it, and against definitions.
+"""model.py against Hugging Face's Qwen2 (where it is installed), against golden logits of it, and against definitions.
 
 Run as a program, this file writes the golden logits anew: python tests/test_model.py
 """
@@ -299,11 +299,17 @@ def shard_lacks_a_tensor(folder: Path) -> None:
     save_file(dict(list(load_file(file).items())[1:]), file)
 
 
+def rename_im_end(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("im_end", "end"))
+
+
 NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 BROKEN = {
     "a missing tensor": (lambda f: edit(f, lambda s: s.pop(NORM)), ValueError, ["lacks", NORM]),
     "an extra tensor": (lambda f: edit(f, lambda s: s.update(more=torch.ones(1))), ValueError, ["more"]),
-    "a misshapen tensor": (lambda f: edit(f, lambda s: s.update({Q: torch.ones(3, 5)})), ValueError, [Q, "(3, 5)", "(32, 32)"]),
+    "a misshapen tensor": (lambda f: edit(f, lambda s: s.update({Q: torch.ones(3, 5)})), ValueError,
+                           [Q, "(3, 5)", "(32, 32)"]),
     "half a file": (lambda f: cut(f, 20000), ValueError, ["model.safetensors", "download"]),
     "half a header": (lambda f: cut(f, 100), ValueError, ["model.safetensors", "download"]),
     "an empty file": (lambda f: cut(f, 0), ValueError, ["model.safetensors", "download"]),
@@ -321,8 +327,7 @@ BROKEN = {
     "new YaRN": (lambda f: configure(f, rope_parameters={"rope_theta": 1e6, "rope_type": "yarn"}), ValueError, ["yarn"]),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, ["tokenizer.json"]),
     "half a tokenizer": (lambda f: cut(f, 1000, "tokenizer.json"), ValueError, ["tokenizer.json"]),
-    "no ChatML tokens": (lambda f: (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text().replace("im_end", "end")),
-                         ValueError, ["tokenizer.json", "<|im_end|>"]),
+    "no ChatML tokens": (rename_im_end, ValueError, ["tokenizer.json", "<|im_end|>"]),
 }
 
 
@@ -352,7 +357,7 @@ import sys, torch, pathlib
 sys.path.insert(0, sys.argv[1])
 from model import load_model
 def kib(field): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
-load_model(pathlib.Path(sys.argv[2]))                # a small one first, so that what loads on first use is in the baseline
+load_model(pathlib.Path(sys.argv[2]))                # a small one first: what loads on first use is in the baseline
 before = kib("VmRSS")
 model = load_model(pathlib.Path(sys.argv[3]))
 print((kib("VmHWM") - before) * 1024 / sum(p.numel() * p.element_size() for p in model.parameters()))
@@ -362,7 +367,7 @@ print((kib("VmHWM") - before) * 1024 / sum(p.numel() * p.element_size() for p in
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_loading_takes_hardly_more_memory_than_the_weights(dtype, tmp_path, checkpoint):
-    write_checkpoint(tmp_path, dtype=dtype, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)   # 120 MB in float32
+    write_checkpoint(tmp_path, dtype=dtype, hidden_size=512, intermediate_size=2048, num_hidden_layers=8)       # 30 M weights
     done = subprocess.run([sys.executable, "-c", MEASURE, str(HERE.parent), str(checkpoint), str(tmp_path)],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -375,23 +380,24 @@ def test_a_hub_id_is_found_in_the_local_cache_without_a_network(tmp_path, monkey
     (tmp_path / "models--org--name" / "refs").mkdir()
     (tmp_path / "models--org--name" / "refs" / "main").write_text("0" * 40)
     assert find_checkpoint("org/name", offline=True) == folder == find_checkpoint(str(folder))
-    for name, offline in (("org/other", True), ("org/other", False), ("other", True), ("./org/name", True), ("a/b/c", True)):
-        with pytest.raises(FileNotFoundError, match=f"--model {name}"):
-            find_checkpoint(name, offline)
+    for name in ("org/other", "other", "./org/name", "a/b/c", "org/na me"):
+        for offline in (True, False):
+            with pytest.raises(FileNotFoundError, match=f"--model {name}"):
+                find_checkpoint(name, offline)
 
 
 # -------------------------------------------------------------------------------------------------------- the template
 
 USER, SYSTEM = {"role": "user", "content": "What is the weather?"}, {"role": "system", "content": 'Say "hi"\tor \\n.'}
 ASSISTANT, TOOL = {"role": "assistant", "content": "Hot."}, {"role": "tool", "content": '{"t": [1.5, null]}'}
-TOOLS = [{"name": "get_weather", "description": "It's <b>\"raw\"</b> & Zürich", "parameters": {"city": {"type": "string"}}},
-         {"name": "é", "parameters": {}}]
+TOOLS = [{"name": "get_weather", "description": "It's <b>\"raw\"</b> & Zürich",
+          "parameters": {"city": {"type": "string"}}}, {"name": "é", "parameters": {}}]
 CALLS = [{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}, {"name": "é", "arguments": {}}]
 DIALOGUES = {
     "no system": [USER], "own system": [SYSTEM, USER], "several turns": [SYSTEM, USER, ASSISTANT, USER, ASSISTANT, USER],
     "calls": [USER, {**ASSISTANT, "tool_calls": CALLS}, TOOL, USER],
     "calls alone": [USER, {**ASSISTANT, "content": "", "tool_calls": CALLS[:1]}, TOOL],
-    "two results": [SYSTEM, USER, {**ASSISTANT, "content": "", "tool_calls": CALLS}, TOOL, TOOL, ASSISTANT, USER, TOOL, USER],
+    "two results": [SYSTEM, USER, {**ASSISTANT, "content": "", "tool_calls": CALLS}, TOOL, TOOL, ASSISTANT, TOOL, USER],
     "a later system turn": [USER, SYSTEM, USER],
     "unicode": [{"role": "user", "content": "Ｚu\u0308rich 東京 👩‍👩‍👧 e\u0301 \u00a0\u200b\x00 \r\n\n  it'S"}],
     "quotes": [{"role": "user", "content": 'He said: "it\'s {{ 1 }} {% raw %} </tool_call>"\n<tool_call>'}],
