@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -98,18 +99,23 @@ def load_adapter(folder: Path, model: nn.Module) -> tuple[Params, float]:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist: an adapter is a folder in peft's format")
-    config = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: damaged adapter_config.json or adapter_model.safetensors ({error})") from error
+    if "lora_alpha" not in config or not tensors:
+        raise ValueError(f"{folder}: the adapter has no {'tensors' if 'lora_alpha' in config else 'lora_alpha'}")
     for key, known in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False),
                        ("rank_pattern", {}), ("alpha_pattern", {})):
         if config.get(key, known) not in (known, None):
             raise ValueError(f"{folder}: {key} is {config[key]!r}, and only {known!r} is implemented")
-    tensors = load_file(folder / "adapter_model.safetensors")
     layers, params = dict(model.named_modules()), {}
     for name in sorted({key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}):
         pair = [tensors.get(f"base_model.model.{name}.lora_{letter}.weight") for letter in "AB"]
         layer = layers.get(name)
         if None in pair or not isinstance(layer, nn.Linear) or \
-                (pair[0].shape[1], pair[1].shape[0]) != (layer.in_features, layer.out_features):
+                [tuple(t.shape) for t in pair] != [(config.get("r"), layer.in_features), (layer.out_features, config.get("r"))]:
             raise ValueError(f"{folder}: the adapter's {name or 'tensors'} does not fit this model")
         params[name] = tuple(t[None].float().to(layer.weight.device) for t in pair)
     return params, config["lora_alpha"]

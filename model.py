@@ -45,9 +45,9 @@ class ModelConfig:
         """Read config.json; ValueError if it describes something that this file does not implement."""
         path = folder / "config.json"
         raw = read_json(path)
-        raw = {**raw.get("rope_parameters", {}), **raw}             # newer files keep rope_theta in there
+        raw = {**(raw.get("rope_parameters") or {}), **raw}             # newer files keep rope_theta in there
         for key, known in (("model_type", "qwen2"), ("hidden_act", "silu"), ("rope_scaling", None),
-                           ("use_sliding_window", False)):
+                           ("rope_type", "default"), ("use_sliding_window", False)):
             if raw.get(key, known) != known:
                 raise ValueError(f"{path}: {key} is {raw[key]!r}, and only {known!r} is implemented: pass a Qwen2.5 checkpoint")
         names = [f.name for f in fields(cls)]
@@ -56,6 +56,9 @@ class ModelConfig:
         except TypeError as error:
             missing = [name for name in names[:6] if name not in raw]
             raise ValueError(f"{path}: lacks {', '.join(missing)}: is this the config of a Qwen2.5 checkpoint?") from error
+        for name in names[:7]:
+            if type(getattr(config, name)) is not int or getattr(config, name) < 1:
+                raise ValueError(f"{path}: {name} is {getattr(config, name)!r} where a positive whole number is needed")
         if config.hidden_size % config.num_attention_heads or config.num_attention_heads % config.num_key_value_heads:
             raise ValueError(f"{path}: {config.num_attention_heads} heads do not divide a width of {config.hidden_size}, "
                              f"or are not a multiple of {config.num_key_value_heads} key/value heads")
@@ -120,7 +123,7 @@ class RMSNorm(nn.Module):
 def rotary_angles(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, (B, 1, T, K) float32, of position * theta^(-2i/K) for positions (B, T) (RoFormer, Su et al. 2021)."""
     K = config.head_dim
-    inverse = config.rope_theta ** (-torch.arange(0, K, 2, device=positions.device).float() / K)
+    inverse = 1 / config.rope_theta ** (torch.arange(0, K, 2, device=positions.device).float() / K)
     angles = (positions[..., None].float() * inverse).repeat(1, 1, 2)[:, None]
     return angles.cos(), angles.sin()
 
@@ -357,7 +360,7 @@ class Tokenizer:
         if self.im_start is None or self.im_end is None:
             raise ValueError(f"{path}: has no <|im_start|> and <|im_end|> tokens, so it is no ChatML (Qwen2.5) tokenizer")
         generation, config = folder / "generation_config.json", folder / "config.json"
-        eos = read_json(generation if generation.is_file() else config).get("eos_token_id", self.im_end)
+        eos = read_json(generation if generation.is_file() else config).get("eos_token_id") or self.im_end
         self.eos: frozenset[int] = frozenset(eos if isinstance(eos, list) else [eos])
 
     def encode(self, text: str) -> list[int]:
@@ -377,7 +380,6 @@ class Tokenizer:
         for role, text in render(messages, tools):
             ids += [self.im_start, *self.encode(f"{role}\n{text}"), self.im_end, *self.encode("\n")]
         return ids + [self.im_start, *self.encode("assistant\n")] if generate else ids
-
 
     def split_chat(self, messages: Sequence[dict]) -> tuple[list[int], list[int]]:
         """`chat` in two parts: the system turn, which all prompts with the same tools share, and the rest."""
@@ -403,7 +405,7 @@ def render(messages: Sequence[dict], tools: Sequence[dict] = ()) -> list[tuple[s
     turns.append(("system", system))
     previous = None
     for message in messages:
-        role, text = message["role"], message["content"] or ""
+        role, text = message["role"], message.get("content") or ""
         if role == "tool":                              # several results in a row share one user turn
             text = f"<tool_response>\n{text}\n</tool_response>"
             if previous == "tool":
@@ -462,7 +464,7 @@ def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generat
         return int(logits.argmax())
     p, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
     cumulative = p.cumsum(-1)
-    nucleus = int((cumulative - p < top_p).sum())       # the fewest tokens that hold top_p; never none
+    nucleus = max(1, int((cumulative - p < top_p).sum()))       # the fewest tokens that hold top_p; never none
     u = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[nucleus - 1].double().cpu()
     return int(order[min(int((cumulative[:nucleus].double() <= u.to(p.device)).sum()), nucleus - 1)])
 

@@ -47,6 +47,8 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
     cache: the prompt but for its last tokens, which are `last`; it is left as it was. The name's tokens and its end
     count, so that `get` does not win over `get_user` for being its beginning.
     """
+    if not names:
+        raise ValueError("no candidate to score: the sample offers no tool")
     # paper: a sum over the action's tokens (NLL). ours: the end of the name belongs to the action.
     start = [*last, *tokenizer.encode(ANSWER_START)]
     tokens = [tokenizer.encode(name) for name in names]

@@ -455,8 +455,11 @@ def test_a_lone_surrogate_becomes_a_question_mark(tokenizer):
     assert tokenizer.chat([{"role": "user", "content": "\udfff"}]) == tokenizer.chat([{"role": "user", "content": "?"}])
 
 
-@pytest.mark.skipif(not (os.environ.get("TTSI_DATA") and os.environ.get("TTSI_MODEL")),
-                    reason="set TTSI_DATA (the benchmarks' folder) and TTSI_MODEL (a checkpoint's folder) to run it")
+real = pytest.mark.skipif(not (os.environ.get("TTSI_DATA") and os.environ.get("TTSI_MODEL")),
+                          reason="set TTSI_DATA (the benchmarks' folder) and TTSI_MODEL (a checkpoint's folder) to run it")
+
+
+@real
 @pytest.mark.parametrize("bench", ["toolalpaca", "sealtool", "apibank", "apibank_l2", "nexusraven"])
 def test_every_real_prompt_equals_the_template(bench):
     import data
@@ -467,6 +470,23 @@ def test_every_real_prompt_equals_the_template(bench):
     for sample in samples:
         for messages, tools in ((data.call_prompt(sample), ()), (sample.messages, sample.tools)):
             assert tokenizer.chat(messages, tools) == jinja_ids(folder, messages, tools, True), sample.id
+
+
+@real
+def test_greedy_text_on_twenty_real_prompts_equals_transformers():
+    import data
+    transformers = pytest.importorskip("transformers")
+    folder = Path(os.environ["TTSI_MODEL"])
+    tokenizer, ours = Tokenizer(folder), load_model(folder)
+    theirs = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    benches = ("toolalpaca", "sealtool", "apibank", "apibank_l2")
+    prompts = [ids for bench in benches for ids in
+               sorted((tokenizer.chat(data.call_prompt(sample)) for sample in data.load(bench)), key=len)[:5]]
+    for ids in prompts:
+        wanted = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=40, do_sample=False,
+                                 eos_token_id=sorted(tokenizer.eos), pad_token_id=0)[0, len(ids):].tolist()
+        wanted = wanted[:-1] if wanted[-1] in tokenizer.eos else wanted
+        assert generate(ours, [ids], tokenizer.eos, 40) == [wanted], tokenizer.decode(wanted)
 
 
 if __name__ == "__main__":

@@ -39,19 +39,19 @@ BENCHES = ("toolalpaca", "sealtool", "apibank", "nexusraven")
 SAMPLES, SAMPLES_SEED = 50, 0           # the bundled files: how many samples each, and from which seed
 
 # How hard the tasks are; each is a probability.
-SYNONYM = 0.4           # the request has another verb than the tool ("find" for searchHotel)
-SAME_THING = 0.3        # a wrong tool does something else with the very same thing
-SAME_NOUN = 0.3         # ... or has to do with another side of it (hotel price, hotel review)
-SAME_DOMAIN = 0.25      # ... or with a neighbour (hotel, flight); else it is of any domain
-BY = 0.15               # two tools do the same thing by different parameters (getHotelByCity, getHotelByDate)
+SYNONYM = 0.2           # the request has another verb than the tool ("find" for search_hotel)
+SAME_THING = 0.2        # a wrong tool does something else with the very same thing
+SAME_NOUN = 0.2         # ... or has to do with another side of it (hotel price, hotel review)
+SAME_DOMAIN = 0.3      # ... or with a neighbour (hotel, flight); else it is of any domain
+BY = 0.08              # two tools do the same thing by different parameters (get_hotel_by_city, get_hotel_by_date)
 NATURAL = 0.5           # a value is mentioned without its parameter's name ("in Velora", not "with city Velora")
 SENTENCE = 0.2          # a value has a sentence of its own
 OPTIONAL = 0.4          # a parameter after the first is optional ...
 UNSAID = 0.6            # ... and then the request leaves it out
-FLAG = 0.12             # a tool has a flag among its parameters
-DESCRIBED = 0.1         # a parameter has a description
-MADE_UP = 0.15          # a noun of the training split is a made-up word, so that copying pays more than knowing
-TWO_CALLS = 0.15        # a request in ToolAlpaca's manner needs two calls
+FLAG = 0.08            # a tool has a flag among its parameters
+DESCRIBED = 0.05        # a parameter has a description
+MADE_UP = 0.3          # a noun of the training split is a made-up word, so that copying pays more than knowing
+TWO_CALLS = 0.1        # a request in ToolAlpaca's manner needs two calls
 EARLIER_CALL = 0.25     # a dialogue in API-Bank's manner has a call behind it
 ASKED_BACK = 0.4        # ... and the assistant asks for the values first
 
@@ -214,33 +214,28 @@ TYPES = {       # how a manner writes JSON's types, if otherwise; API-Bank calls
     "sealtool": {"string": "str", "integer": "int", "number": "float", "boolean": "bool"},
     "apibank": {"string": "str", "integer": "str", "number": "str", "boolean": "bool"},
 }
-TOOLS = {"toolalpaca": (2, 3, 4), "sealtool": (5,), "apibank": (1, 2, 2, 3), "nexusraven": (4, 4, 5, 6)}
+TOOLS = {"toolalpaca": (2, 3), "sealtool": (5,), "apibank": (1, 2, 2, 3), "nexusraven": (3, 4, 5)}
 PARAMETERS = {"toolalpaca": (0, 1, 1, 2, 2), "sealtool": (0, 0, 1, 1, 1, 2), "apibank": (1, 1, 2, 2, 3),
               "nexusraven": (1, 1, 1, 2)}
-
-
-def camel(words: list[str]) -> str:
-    return words[0] + "".join(word.capitalize() for word in words[1:])
 
 
 def make_tool(r: random.Random, bench: str, service: str, group: int, thing: str, kinds: list[str], by: str) -> dict:
     """A tool in the manner of `bench`: a verb of the group, done to the thing, with some parameters of these kinds."""
     verb = r.choice([verb for verb in VERBS[group] if " " not in verb])
     words = [verb, *thing.split(), *(["by", *by.split("_")] if by else [])]
-    called = {"toolalpaca": camel(["", service, *words]), "sealtool": camel(words), "apibank": camel(["", *words]),
-              "nexusraven": "_".join([service, *words])}[bench]
+    # snake_case in every manner: a noun is then the same token in the request and in the name, and can be copied
+    called = "_".join([service, *words] if bench == "nexusraven" else words)
     kinds = [by] if by else kinds[:r.choice(PARAMETERS[bench])]
     kinds = kinds + [r.choice(list(FLAGS))] if r.random() < FLAG else kinds
     parameters, required = {}, []
     for kind in kinds:
         json_type, also = ("boolean", "") if kind in FLAGS else (KINDS[kind][0], KINDS[kind][4])
         label = f"{thing.split()[0]}_id" if kind == "id" else r.choice([kind, *also.split()])
-        key = camel(label.split("_")) if bench == "toolalpaca" else label
-        schema = parameters[key] = {"type": TYPES.get(bench, {}).get(json_type, json_type)}
+        schema = parameters[label] = {"type": TYPES.get(bench, {}).get(json_type, json_type)}
         if kind not in FLAGS and r.random() < DESCRIBED:
             schema["description"] = f"The {label.replace('_', ' ')}"
         must = len(parameters) == 1 or r.random() >= OPTIONAL
-        required += [key] if must else []
+        required += [label] if must else []
         if bench == "nexusraven" or bench == "toolalpaca" and must:
             schema["required"] = must
     description = f"{verb} {r.choice(('', 'the '))}{thing}" + (f" by {by.replace('_', ' ')}" if by else "")
@@ -333,15 +328,14 @@ def plan(r: random.Random, tool: dict, split: str) -> tuple[str, list[tuple], di
     for i, (key, schema) in enumerate(tool["parameters"].items()):
         if i > 0 and key not in required_arguments(tool) and r.random() < UNSAID:
             continue
-        label = re.sub("(?<=[a-z])(?=[A-Z])", "_", key).lower()
-        if label in FLAGS:
+        if key in FLAGS:
             arguments[key] = r.random() < 0.5
-            deed += " " + FLAGS[label][held_out][0 if arguments[key] else 1]
+            deed += " " + FLAGS[key][held_out][0 if arguments[key] else 1]
             continue
-        kind = KINDS[KIND_OF.get(label, "id")]
+        kind = KINDS[KIND_OF.get(key, "id")]
         value = kind[1](r)
         arguments[key] = str(value) if schema["type"] in ("str", "string") else value
-        said.append((label.replace("_", " "), value, r.choice(kind[2 + held_out].split("|")).format(value)))
+        said.append((key.replace("_", " "), value, r.choice(kind[2 + held_out].split("|")).format(value)))
     return deed, said, arguments
 
 
@@ -441,7 +435,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # A word is split from the blank or quote before it, so a value is the same tokens in the request and in the call: then
 # copying it is the plain pattern that a small transformer learns first. Punctuation joins across a blank (`": "`).
 SPLIT = r"\p{L}+|\p{N}|(?: ?[^\s\p{L}\p{N}]+)+[\r\n]*|\s*[\r\n]+| |\s+"
-STEPS, BATCH, PEAK_LR, PROMPT_WEIGHT = 2200, 16, 2e-3, 0.1
+STEPS, BATCH, PEAK_LR, PROMPT_WEIGHT = 4400, 8, 1.5e-3, 0.1
 MIX = (("call", 0.75), ("request", 0.17), ("joint", 0.08))        # what the examples ask for, and their shares
 
 
