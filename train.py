@@ -27,7 +27,7 @@ import data
 import evaluate
 from augment import request_text, synthesize
 from data import Sample, call_prompt, call_text
-from lora import TARGETS, Params, adapters, new_params
+from lora import TARGETS, Params, adapters, new_params, targeted
 from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, generate, load_model, seeded
 from uncertainty import score_candidates, softmax_difference
 
@@ -44,7 +44,8 @@ def option(default, text: str, group: str, **more):
 class Config:
     """Everything that a run depends on. The paper's value is the default, except where the help says "ours"."""
     bench: str = option("nexusraven", "benchmark: one of " + ", ".join(data.PUBLISHED), "what to run", choices=tuple(data.PUBLISHED))
-    data: str = option("", "the benchmark's file, or a folder that has it (default: $TTSI_DATA, the cache, a download)", "what to run")
+    data: str = option("", "the benchmark's file, or a folder that has it (default: $TTSI_DATA, the cache, a "
+                       "download; with the tiny model: bundled samples)", "what to run")
     model: str = option("", "hub id, folder, or 'tiny', the bundled one (default: Qwen/Qwen2.5-1.5B-Instruct on a GPU, else tiny)",
                         "what to run")
     method: str = option("ttsi", "base: direct answers only; ttsi: adapt to the uncertain samples", "what to run",
@@ -339,6 +340,7 @@ def set_up(config: Config) -> tuple[Agent, list[Sample]]:
         raise ValueError(f"--device {config.device}: not usable here ({str(error).splitlines()[0]})") from error
     tokenizer = Tokenizer(folder)
     model = load_model(folder, device, getattr(torch, config.dtype))
+    targeted(model, config.targets.split(","))          # a target that names no layer is found now, not at the first adapter
     room = model.config.max_position_embeddings - config.max_new_tokens
     for sample in samples:
         if (length := len(tokenizer.chat(call_prompt(sample)))) > room:

@@ -12,7 +12,7 @@ TOOLS = ({"name": "get_weather", "description": "", "parameters": {"city": {"typ
          {"name": "get_time", "description": "", "parameters": {"zone": {"type": "string", "required": True}}})
 SAMPLE = Sample("s-0", ({"role": "user", "content": "What is the weather in Rome?"},), TOOLS, (Call("get_weather", {"city": "Rome"}),))
 PARIS, OSLO = Call("get_weather", {"city": "Paris"}), Call("get_weather", {"city": "Oslo"})
-UNKNOWN = Call("get_weather", {"town": "Paris"})
+UNKNOWN = Call("get_weather", {"city": "Paris", "town": "Paris"})
 
 
 @pytest.mark.parametrize("request_, reason", [
