@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from augment import request_text, synthesize
+from augment import request_text, synthesize, with_request
 from data import Sample, call_prompt, call_text
 from lora import TARGETS, Params, adapters, new_params, targeted
 from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, generate, load_model, seeded
@@ -202,8 +202,8 @@ def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
     if not pairs:
         record.outcome = "no pair"                                      #     nothing to learn from: the direct answer stands
         return record
-    examples = [(tokenizer.split_chat(call_prompt(Sample(sample.id, ({"role": "user", "content": p.request},), sample.tools)))[1],
-                 tokenizer.encode(p.text) + [tokenizer.im_end]) for p in pairs]
+    examples = [(tokenizer.split_chat(call_prompt(with_request(sample, pair.request)))[1],
+                 [*tokenizer.encode(pair.text), tokenizer.im_end]) for pair in pairs]
     if config.adapt == "full":                                          #     the adapter acts on the tools' text, too
         examples, prefix, rest = [(head + prompt, target) for prompt, target in examples], None, head + rest
     params = new_params(model, config.rank, [seeded(config.seed, sample.id, "lora")], config.targets.split(","))
