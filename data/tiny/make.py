@@ -6,7 +6,7 @@
 A task is put together from parts: a tool is a verb and a thing ("get", "hotel review") with a few parameters, each of
 a kind (a city, a date, an e-mail address) that has values without end and phrases by which a request mentions them.
 There are two splits: "train", and "held_out" for the bundled samples. They share verbs and kinds, but no noun, so no
-tool name, and no phrase. A value stands in the request as it stands in the call, save the flags: a request says them
+tool name, and no phrase. ("wide" is "train" with nouns and services of random letters: what can't be known must be copied.) A value stands in the request as it stands in the call, save the flags: a request says them
 in words ("urgently") and the call as true or false. Tasks come in the manners of four benchmarks, in their file format.
 """
 import argparse
@@ -34,7 +34,7 @@ from data.calls import required_arguments
 from model import ModelConfig, Qwen2, Tokenizer, pad, render
 from uncertainty import ANSWER_START
 
-SPLITS = ("train", "held_out")
+SPLITS = ("train", "wide", "held_out")
 BENCHES = ("toolalpaca", "sealtool", "apibank", "nexusraven")
 SAMPLES, SAMPLES_SEED = 50, 0           # the bundled files: how many samples each, and from which seed
 
@@ -42,16 +42,17 @@ SAMPLES, SAMPLES_SEED = 50, 0           # the bundled files: how many samples ea
 SYNONYM = 0.2           # the request has another verb than the tool ("find" for search_hotel)
 SAME_THING = 0.2        # a wrong tool does something else with the very same thing
 SAME_NOUN = 0.2         # ... or has to do with another side of it (hotel price, hotel review)
-SAME_DOMAIN = 0.3      # ... or with a neighbour (hotel, flight); else it is of any domain
-BY = 0.08              # two tools do the same thing by different parameters (get_hotel_by_city, get_hotel_by_date)
+SAME_DOMAIN = 0.3       # ... or with a neighbour (hotel, flight); else it is of any domain
+BY = 0.08               # two tools do the same thing by different parameters (get_hotel_by_city, get_hotel_by_date)
 NATURAL = 0.5           # a value is mentioned without its parameter's name ("in Velora", not "with city Velora")
 SENTENCE = 0.2          # a value has a sentence of its own
 OPTIONAL = 0.4          # a parameter after the first is optional ...
 UNSAID = 0.6            # ... and then the request leaves it out
-FLAG = 0.08            # a tool has a flag among its parameters
+FLAG = 0.08             # a tool has a flag among its parameters
 DESCRIBED = 0.05        # a parameter has a description
-MADE_UP = 0.3          # a noun of the training split is a made-up word, so that copying pays more than knowing
-TWO_CALLS = 0.1        # a request in ToolAlpaca's manner needs two calls
+MADE_UP = 0.3           # a noun of the training split is a made-up word, so that copying pays more than knowing
+ODD = 0.6               # a noun or service of the wide split is one of random letters
+TWO_CALLS = 0.1         # a request in ToolAlpaca's manner needs two calls
 EARLIER_CALL = 0.25     # a dialogue in API-Bank's manner has a call behind it
 ASKED_BACK = 0.4        # ... and the assistant asks for the values first
 
@@ -64,6 +65,11 @@ def word(r: random.Random) -> str:
     """A made-up word of two or three syllables: velor, tranisu."""
     syllables = [r.choice(ONSETS) + r.choice("aeiou") for _ in range(r.randint(2, 3))]
     return "".join(syllables) + r.choice(("", "", "", "n", "r", "s", "l", "t"))
+
+
+def letters(r: random.Random) -> str:
+    """A word of random letters, about as frequent as in English, so that its pieces are any tokens whatever."""
+    return "".join(r.choice("eeeeaaaaiiioooouutttnnnsssrrrlllddhhccmmppggbbfwyvkjxqz") for _ in range(r.randint(4, 10)))
 
 
 def name(r: random.Random) -> str:
@@ -196,7 +202,7 @@ SECURITY = {    # NexusRaven's world; noun: the kind of its first parameter
 }
 SECURITY_KINDS = "key limit date severity keyword message page version".split()
 SERVICES = {"train": "vt abuse shodan net scan intel trace ops".split(), "held_out": "guard sentry radar".split()}
-LISTS = {"train": 400, "held_out": 4}   # NexusRaven: how many fixed lists of tools its samples share
+LISTS = {"train": 400, "wide": 10 ** 6, "held_out": 4}   # NexusRaven: how many fixed lists of tools its samples share
 SECURITY_FACETS = ["", *"report votes comments history score alerts traffic owner".split()]
 FACETS = ["", "", "", *"details status history price review summary record photo note policy rule vote label".split()]
 VERBS = [       # the words of a line mean the same, and none stands in two lines; a tool has one without a blank
@@ -224,7 +230,7 @@ def make_tool(r: random.Random, bench: str, service: str, group: int, thing: str
     verb = r.choice([verb for verb in VERBS[group] if " " not in verb])
     words = [verb, *thing.split(), *(["by", *by.split("_")] if by else [])]
     # snake_case in every manner: a noun is then the same token in the request and in the name, and can be copied
-    called = "_".join([service, *words] if bench == "nexusraven" else words)
+    called = "_".join([service, *words] if service else words)
     kinds = [by] if by else kinds[:r.choice(PARAMETERS[bench])]
     kinds = kinds + [r.choice(list(FLAGS))] if r.random() < FLAG else kinds
     parameters, required = {}, []
@@ -245,18 +251,21 @@ def make_tool(r: random.Random, bench: str, service: str, group: int, thing: str
 
 def draw_noun(r: random.Random, bench: str, split: str, domain: str) -> tuple[str, list[str]]:
     """A noun and the kinds of parameters its tools have; in NexusRaven's world the first one belongs to the noun."""
+    odd = letters(r) if split == "wide" and r.random() < ODD else ""
     if bench == "nexusraven":
         noun = r.choice(list(SECURITY[split]))
-        return noun, [SECURITY[split][noun], *r.sample(SECURITY_KINDS, 2)]
+        return odd or noun, [SECURITY[split][noun], *r.sample(SECURITY_KINDS, 2)]
     nouns, kinds = DOMAINS[split][domain]
-    noun = word(r) if split == "train" and r.random() < MADE_UP else r.choice(nouns.split())
+    noun = odd or (word(r) if split != "held_out" and r.random() < MADE_UP else r.choice(nouns.split()))
     return noun, r.sample(["id", *kinds.split()], 3)
 
 
 def make_tools(r: random.Random, bench: str, split: str) -> list[dict]:
     """The tools of a task, as hard to tell apart as the constants at the top say."""
     domain, size = r.choice(list(DOMAINS[split])), r.choice(TOOLS[bench])
-    service = r.choice(SERVICES[split]) if bench == "nexusraven" else domain
+    service = ""
+    if bench == "nexusraven":
+        service = letters(r) if split == "wide" and r.random() < ODD else r.choice(SERVICES[split])
     noun, kinds = draw_noun(r, bench, split, domain)
     facets, groups = (SECURITY_FACETS, SECURITY_VERBS) if bench == "nexusraven" else (FACETS, len(VERBS))
     facet, group, tools, taken = r.choice(facets), r.randrange(groups), [], set()
@@ -308,6 +317,9 @@ PHRASES = {     # how requests and dialogues are worded; no phrase stands in bot
     },
 }
 
+for table in (DOMAINS, SECURITY, SERVICES, PHRASES):
+    table["wide"] = table["train"]
+
 
 def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
@@ -324,7 +336,7 @@ def plan(r: random.Random, tool: dict, split: str) -> tuple[str, list[tuple], di
     noun, facet = thing.rsplit(" ", 1) if thing.split()[-1] in FACETS + SECURITY_FACETS else (thing, "")
     verb = r.choice(VERBS[GROUP_OF[verb]]) if r.random() < SYNONYM else verb
     deed = f"{verb} " + r.choice(PHRASES[split]["thing" if facet else "noun"]).format(noun=noun, facet=facet)
-    held_out, said, arguments = SPLITS.index(split), [], {}
+    held_out, said, arguments = int(split == "held_out"), [], {}
     for i, (key, schema) in enumerate(tool["parameters"].items()):
         if i > 0 and key not in required_arguments(tool) and r.random() < UNSAID:
             continue
@@ -435,7 +447,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # A word is split from the blank or quote before it, so a value is the same tokens in the request and in the call: then
 # copying it is the plain pattern that a small transformer learns first. Punctuation joins across a blank (`": "`).
 SPLIT = r"\p{L}+|\p{N}|(?: ?[^\s\p{L}\p{N}]+)+[\r\n]*|\s*[\r\n]+| |\s+"
-STEPS, BATCH, PEAK_LR, PROMPT_WEIGHT = 4400, 8, 1.5e-3, 0.1
+BATCH, PROMPT_WEIGHT = 8, 0.1
+STAGES = (("train", 4400, 1.5e-3), ("wide", 1600, 1e-3))      # split, steps, peak learning rate: first to copy, then to copy anything
 MIX = (("call", 0.75), ("request", 0.17), ("joint", 0.08))        # what the examples ask for, and their shares
 
 
@@ -474,10 +487,10 @@ def make_tokenizer(folder: Path, seed: int) -> None:
         {**CONFIG, "vocab_size": bpe.get_vocab_size(), "eos_token_id": eos}, indent=2) + "\n")
 
 
-def example(r: random.Random, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def example(r: random.Random, tokenizer: Tokenizer, split: str) -> tuple[list[int], list[int]]:
     """One training example, (prompt ids, answer ids): a call, a request like another, or such a request and its call."""
     bench = r.choice(BENCHES)
-    item = make_task(r, bench, "train")
+    item = make_task(r, bench, split)
     sample = parse_sample(item, "train", "make.py")
     kind = r.choices([kind for kind, _ in MIX], [share for _, share in MIX])[0]
     if kind == "call":
@@ -489,10 +502,10 @@ def example(r: random.Random, tokenizer: Tokenizer) -> tuple[list[int], list[int
     return prompt, [*tokenizer.encode(answer), tokenizer.im_end]
 
 
-def batches(r: random.Random, tokenizer: Tokenizer, steps: int) -> Iterator[list[tuple[list[int], list[int]]]]:
+def batches(r: random.Random, tokenizer: Tokenizer, split: str, steps: int) -> Iterator[list[tuple[list[int], list[int]]]]:
     """Batches of examples of about one length each, so that little is padding."""
     for start in range(0, steps, 16):
-        pool = sorted((example(r, tokenizer) for _ in range(16 * BATCH)), key=lambda e: len(e[0]) + len(e[1]))
+        pool = sorted((example(r, tokenizer, split) for _ in range(16 * BATCH)), key=lambda e: len(e[0]) + len(e[1]))
         order = list(range(0, len(pool), BATCH))
         r.shuffle(order)
         yield from [pool[i:i + BATCH] for i in order][:steps - start]
@@ -509,10 +522,8 @@ def batch_loss(model: Qwen2, batch: list[tuple[list[int], list[int]]]) -> tuple[
     return (nll * weight).sum() / weight.sum(), nll[weight == 1].mean().item()
 
 
-def train(folder: Path, seed: int, steps: int) -> None:
-    """Train the checkpoint from random weights: AdamW, linear warm-up over 100 steps, cosine to zero."""
-    make_tokenizer(folder, seed)
-    tokenizer, config = Tokenizer(folder), ModelConfig.from_folder(folder)
+def new_model(config: ModelConfig, seed: int) -> Qwen2:
+    """Random weights; the layers that add to the residual stream start smaller (GPT-2)."""
     torch.manual_seed(seed)
     model = Qwen2(config)
     for name, parameter in model.named_parameters():
@@ -520,17 +531,22 @@ def train(folder: Path, seed: int, steps: int) -> None:
             torch.nn.init.ones_(parameter)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
-        else:                           # the layers that add to the residual stream start smaller (GPT-2)
+        else:
             small = (2 * config.num_hidden_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
             torch.nn.init.normal_(parameter, std=0.05 * small)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+    return model
+
+
+def train(model: Qwen2, tokenizer: Tokenizer, folder: Path, split: str, steps: int, peak: float, seed: int) -> None:
+    """One stage: AdamW, linear warm-up over 100 steps, half a cosine to zero. Writes model.safetensors now and then."""
+    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
-                                  lr=PEAK_LR, betas=(0.9, 0.98))
-    bar, smooth = tqdm(batches(random.Random(f"train {seed}"), tokenizer, steps), total=steps, unit="step"), None
+                                  betas=(0.9, 0.98))
+    bar = tqdm(batches(random.Random(f"{split} {seed}"), tokenizer, split, steps), total=steps, unit="step", desc=split)
+    smooth = None
     for step, batch in enumerate(bar):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = peak * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
         loss, answer_loss = batch_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -550,7 +566,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         f"{SAMPLES} tasks each, with tools and in phrases that the training never sees")
     parser.add_argument("--train", action="store_true", help="only train the checkpoint")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "tiny", help="the checkpoint's folder (default: data/tiny)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default: {STEPS})")
+    parser.add_argument("--steps", type=int, default=10 ** 9, help="at most so many steps a stage, for a quick try")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
     args = parser.parse_args(argv)
     if args.samples or not args.train:
@@ -561,7 +577,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{path.relative_to(ROOT)}: {SAMPLES} samples")
     if args.train or not args.samples:
         args.out.mkdir(parents=True, exist_ok=True)
-        train(args.out, args.seed, args.steps)
+        make_tokenizer(args.out, args.seed)
+        tokenizer, model = Tokenizer(args.out), new_model(ModelConfig.from_folder(args.out), args.seed)
+        for split, steps, peak in STAGES:
+            train(model, tokenizer, args.out, split, min(steps, args.steps), peak, args.seed)
         print(f"{args.out}: {sum(f.stat().st_size for f in args.out.glob('*.*')) / 1e6:.1f} MB")
 
 
