@@ -27,8 +27,8 @@ PAIR_START = '1. "{request}"\n2. "'
 TRIES = 3               # for each of the K pairs
 LABELS = 5              # sampled calls for a new request, of which the majority is its label (--pair request) ...
 AGREE = 2               # ... if at least so many agree: one draw alone is often a slip, and a slip is learnt in five steps
-MAX_REQUEST_TOKENS = 96
-MAX_CALL_TOKENS = 128
+MAX_REQUEST_TOKENS = 128
+MAX_CALL_TOKENS = 192
 
 
 @dataclass(frozen=True)
