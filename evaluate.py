@@ -164,7 +164,7 @@ def table(folders: Sequence[Path]) -> str:
         rows.append(cells)
         if config.get("data") == "bundled":
             notes.append(f"{folder.name}: bundled samples, this project's own; not comparable with any benchmark's figures")
-        elif config.get("bench") in PAPER_GAIN:
+        elif config.get("bench") in PAPER_GAIN and not Path(config.get("data", "")).is_file():
             notes.append(f"{folder.name}: the paper, with Qwen2.5-1.5B-Instruct and 5 seeds: gain +{PAPER_GAIN[config['bench']]:.2f}"
                          + (f" ({PAPER_SEALTOOL})" if config["bench"] == "sealtool" else ""))
         if summary["non_finite"]:
