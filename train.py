@@ -137,7 +137,8 @@ def fine_tune(agent: Agent, examples: Sequence[tuple[list[int], list[int]]], par
     base weights (--adapt suffix), or None (full). Raises FloatingPointError on a loss or gradient that is not finite.
     """
     tensors = [tensor for pair in params.values() for tensor in pair]
-    # paper: AdamW, lr 1e-4, cosine, 3 % warm-up, batch 1. ours: no weight decay, gradients clipped to norm 1.
+    # paper: AdamW, lr 1e-4, cosine, 3 % warm-up, batch 1.
+    # ours: no weight decay, gradients clipped to norm 1.
     optimizer = torch.optim.AdamW(tensors, lr=config.lr, weight_decay=0.0)
     steps, losses = config.epochs * len(examples), []
     for step in range(steps):

@@ -49,7 +49,8 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
     """
     if not names:
         raise ValueError("no candidate to score: the sample offers no tool")
-    # paper: a sum over the action's tokens (NLL). ours: the end of the name belongs to the action.
+    # paper: a sum over the action's tokens (NLL).
+    # ours: the end of the name belongs to the action, as the sum over all tokens that begin with a quotation mark.
     start = [*last, *tokenizer.encode(ANSWER_START)]
     tokens = [tokenizer.encode(name) for name in names]
     shared = 0                                          # tokens that all names begin with are read once, too
