@@ -334,6 +334,8 @@ def set_up(config: Config) -> tuple[Agent, list[Sample]]:
     samples = data.load(config.bench, None if bundled else config.data or None, offline=config.offline, bundled=bundled)
     samples = samples[:config.limit or None]
     folder = TINY if config.model == "tiny" else find_checkpoint(config.model, config.offline)
+    if config.model == "tiny":
+        torch.set_num_threads(1)                        # on matrices this small, more threads only get in the way
     try:
         device = torch.device(config.device)
         torch.empty(0, device=device)
