@@ -59,7 +59,7 @@ class Config:
     temperature: float = option(0.7, "of the sampling of pairs", "G, synthetic pairs")
     top_p: float = option(0.95, "nucleus of the sampling of pairs, in (0, 1]", "G, synthetic pairs")
     adapt: str = option("full", "full (paper): the adapter acts on every token; suffix (ours): only on those after the tools, "
-                        "at about a tenth of the cost", "T, test-time fine-tuning", choices=("full", "suffix"))
+                        "which is cheaper", "T, test-time fine-tuning", choices=("full", "suffix"))
     rank: int = option(8, "rank r of the LoRA adapters", "T, test-time fine-tuning")
     alpha: float = option(16.0, "LoRA's alpha: the adapter is scaled by alpha / r", "T, test-time fine-tuning")
     targets: str = option(",".join(TARGETS), "layers that get an adapter", "T, test-time fine-tuning")
@@ -380,11 +380,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interrupted:
         print(f"Interrupted after {len(records)} of {len(samples)} samples: the same command goes on from here.")
         return 130
-    print(closing_line(config, records, folder))
+    print(closing_line(records, folder))
     return 0
 
 
-def closing_line(config: Config, records: list[dict], folder: Path) -> str:
+def closing_line(records: list[dict], folder: Path) -> str:
     """What to try next."""
     changed = next((r for r in records if r["base"]["exact"] != r["answer"]["exact"]), None) or \
         next((r for r in records if r["outcome"] == "adapted"), records[0])
