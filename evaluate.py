@@ -2,17 +2,19 @@
 
     python evaluate.py runs/*                                            # one table of several runs
     python evaluate.py runs/nexusraven-tiny-ttsi-s0 --sample nexusraven-7     # one sample's story
+    python evaluate.py runs/nexusraven-tiny-ttsi-s0 --verify                  # is the run whole, and scored right?
 """
 import argparse
+import hashlib
 import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data import Sample
+from data import Sample, load
 from data.calls import Call, call_key, parse_calls
 
 
@@ -104,18 +106,77 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
+ANSWER = {"text": str, "exact": bool, "reason": str, "strict": bool, "parsed": bool, "name_correct": bool, "name_f1": float,
+          "argument_f1": float}
+RECORD = {"id": str, "request": str, "margin": float, "uncertain": bool, "candidates": {...: float}, "outcome": str,
+          "base": ANSWER, "answer": ANSWER, "pairs": [{"request": str, "calls": [dict], "votes": int}],
+          "rejected": [{"text": str, "reason": str}], "losses": [float], "gold": str, "reachable": bool, "seconds": {...: float}}
+
+
+def fits(value, shape) -> bool:
+    """Whether a JSON value has the shape of an example made of types; {...: T} is any keys with values of T."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(fits(item, shape[...]) for item in value.values()) if ... in shape else \
+            isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in shape.items())
+    return isinstance(value, (int, float) if shape is float else shape)
+
+
+def record_files(folder: Path) -> list[Path]:
+    """The files with the records of a run: records.jsonl, and those of further ranks that are not merged into it yet."""
+    return [path for path in (folder / "records.jsonl", *sorted(folder.glob("records-*.jsonl"))) if path.is_file()]
+
+
 def read_records(folder: Path) -> list[dict]:
-    """The records of a run, a line each; a torn last line (a run that was killed) is left out."""
-    path = folder / "records.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: is {folder} a run folder of train.py?")
-    records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
-    return records
+    """The records of a run, one for each sample id; a torn last line (a run that was killed) is left out."""
+    paths, records = record_files(folder), {}
+    if not paths:
+        raise FileNotFoundError(f"{folder / 'records.jsonl'} does not exist: is {folder} a run folder of train.py?")
+    for path in paths:
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not fits(record, RECORD):
+                raise ValueError(f"{path}, line {number}: no record of a run; delete the line, and its sample is computed again")
+            records.setdefault(record["id"], record)
+    return list(records.values())
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """SHA-256 of the samples with their gold calls: what a run was scored against."""
+    return hashlib.sha256(json.dumps([asdict(sample) for sample in samples], sort_keys=True).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a run, in words; nothing if its records are whole, of this data, and scored as they would be now."""
+    config, facts, wrong = read_json(folder / "config.json"), read_json(folder / "facts.json"), []
+    bundled = config["data"] == "bundled"
+    samples = load(config["bench"], None if bundled else config["data"] or None, offline=config["offline"], bundled=bundled)
+    records, known = {record["id"]: record for record in read_records(folder)}, {sample.id: sample for sample in samples}
+    if facts["config"] != digest_file(folder / "config.json"):
+        wrong.append("config.json was changed after the run")
+    if facts["data"] != digest(samples):
+        wrong.append("the samples are others than those of the run")
+    if facts.get("weights_after") != facts["weights"]:
+        wrong.append("the base weights have changed" if "weights_after" in facts else "the run has not ended: nothing says that "
+                     "its base weights are those it began with")
+    if missing := [sample.id for sample in samples[:config["limit"] or None] if sample.id not in records]:
+        wrong.append(f"{len(missing)} samples have no record, the first is {missing[0]}")
+    if strange := sorted(records.keys() - known.keys()):
+        wrong.append(f"{len(strange)} records are of no sample, the first is {strange[0]}")
+    for id in records.keys() & known.keys():
+        for when in ("base", "answer"):
+            now = asdict(exact_match(records[id][when]["text"], known[id]))
+            if other := [name for name, value in now.items() if records[id][when][name] != value]:
+                wrong.append(f"{id}: of {when}, {', '.join(other)} would be scored otherwise now")
+    return wrong
 
 
 def summarise(records: Sequence[dict]) -> dict:
@@ -129,7 +190,7 @@ def summarise(records: Sequence[dict]) -> dict:
     return {
         "n": n, "uncertain": sum(r["uncertain"] for r in records),
         **{name: sum(r["outcome"] == outcome for r in records) for name, outcome in
-           (("adapted", "adapted"), ("no_pair", "no pair"), ("non_finite", "non-finite"))},
+           (("adapted", "adapted"), ("no_pair", "no pair"), ("non_finite", "non-finite"), ("out_of_memory", "out of memory"))},
         "base_accuracy": mean(b for b, _ in right), "accuracy": mean(a for _, a in right),
         "fixed": sum(a and not b for b, a in right), "harmed": sum(b and not a for b, a in right),
         **{f"{when}_{measure}": mean(float(r[when][measure]) for r in records)
@@ -169,6 +230,8 @@ def table(folders: Sequence[Path]) -> str:
                          + (f" ({PAPER_SEALTOOL})" if config["bench"] == "sealtool" else ""))
         if summary["non_finite"]:
             notes.append(f"{folder.name}: {summary['non_finite']} adaptations were not finite and were dropped")
+        if summary["out_of_memory"]:
+            notes.append(f"{folder.name}: {summary['out_of_memory']} adaptations did not fit into the memory; the direct answers stand")
         if summary["reachable"] < 1:
             notes.append(f"{folder.name}: at most {summary['reachable']:.1%} can be reached: elsewhere a gold call's tool is not offered")
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -211,8 +274,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of train.py")
     parser.add_argument("--sample", metavar="ID", help="tell the story of one sample of the run")
+    parser.add_argument("--verify", action="store_true", help="check the runs: a record for every sample, configuration and data "
+                        "unchanged, every verdict as it would be given now, base weights the same before and after")
     args = parser.parse_args(argv)
     try:
+        if args.verify:
+            faults = {folder: verify(folder) for folder in args.runs}
+            for folder, wrong in faults.items():
+                print("\n".join(printable(f"{folder}: {fault}") for fault in wrong or ["sound"]))
+            return int(any(faults.values()))
         if args.sample is None:
             print(table(args.runs))
             return 0
@@ -223,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(story(records[args.sample], read_json(folder / "config.json")["tau"]))
         return 0
     except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        print(f"evaluate.py: error: {printable(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -282,11 +282,26 @@ def find_checkpoint(name: str, offline: bool = False) -> Path:
     wanted = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
               "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=offline))
+        folder = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=offline))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         how = "is not in the hub's local cache, and --offline forbids a download" if offline else \
               f"could not be had from the hub ({type(error).__name__})"
         raise FileNotFoundError(f"--model {name}: {how}; pass a folder, or --model tiny for the bundled one") from error
+    for file in folder.glob("*.safetensors"):
+        check_blob(file.resolve())
+    return folder
+
+
+def check_blob(path: Path) -> None:
+    """ValueError if a file of the hub's cache, which is named by the SHA-256 of its content, has become another one."""
+    if len(path.name) != 64:
+        return
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    if digest.hexdigest() != path.name:
+        raise ValueError(f"{path}: damaged or half-downloaded (its SHA-256 is another); delete it and download it again")
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -339,6 +354,22 @@ def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dt
             state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype, copy=True)
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the parameters' bits, to see that none has changed: equal before and after every adaptation.
+
+    Each tensor is read as 16-bit words w_i and reduced, on its device, to sum(w_i) and sum(i w_i): no change of one word
+    and no exchange of two keeps both. SHA-256 over these is what is compared.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        for words in parameter.detach().reshape(-1).view(torch.int16).split(1 << 22):
+            words = words.long()
+            place = torch.arange(1, len(words) + 1, device=words.device)
+            digest.update(f" {words.sum().item()} {(words * place).sum().item()}".encode())
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer and chat

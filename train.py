@@ -3,11 +3,16 @@
     python train.py --bench nexusraven                              # the bundled demonstration, or the real job on a GPU
     python train.py --bench sealtool --model Qwen/Qwen2.5-1.5B-Instruct --seed 1
     python train.py --bench toolalpaca --model ~/models/qwen --adapt suffix --limit 20 --verbose
+    torchrun --nproc-per-node 4 train.py --bench apibank            # the samples shared among 4 processes, one GPU each
     python evaluate.py runs/*                                       # the table of several runs
 
-A run can be stopped at any moment: the same command goes on where it was.
+A run can be stopped at any moment: the same command, with any number of processes, goes on where it was.
 """
 import argparse
+import datetime
+import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -15,11 +20,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -28,7 +34,7 @@ import evaluate
 from augment import request_text, synthesize, with_request
 from data import Sample, call_prompt, call_text
 from lora import TARGETS, Params, adapters, new_params, targeted
-from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, generate, load_model, seeded
+from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, seeded
 from uncertainty import score_candidates, softmax_difference
 
 TINY = Path(data.__file__).parent / "tiny"
@@ -98,7 +104,7 @@ class Record:
     margin: float = math.nan                                    # u(x), the softmax difference
     uncertain: bool = False
     candidates: dict[str, float] = field(default_factory=dict)  # tool name -> l_n, nats
-    outcome: str = "certain"                                    # certain | direct | adapted | no pair | non-finite
+    outcome: str = "certain"                                    # certain | direct | adapted | no pair | non-finite | out of memory
     base: dict = field(default_factory=dict)                    # the direct answer: text, exact, reason, ...
     answer: dict = field(default_factory=dict)                  # the final one
     pairs: list = field(default_factory=list)
@@ -213,8 +219,8 @@ def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
             with record.stage("train"):
                 record.tokens["train"] = config.epochs * sum(len(p) + len(a) for p, a in examples)
                 record.losses = fine_tune(agent, examples, params, config, prefix)            # l.7  T
-        except FloatingPointError:
-            record.outcome = "non-finite"
+        except (FloatingPointError, torch.OutOfMemoryError) as error:   #     the direct answer stands
+            record.outcome = "non-finite" if isinstance(error, FloatingPointError) else "out of memory"
             return record
         with record.stage("answer"):
             record.answer, record.tokens["answer"] = answer(agent, rest, config, prefix)      # l.8  answer with theta_i*
@@ -235,56 +241,118 @@ def write_json(path: Path, value) -> None:
     os.replace(temporary, path)
 
 
-def open_run(folder: Path, config: Config) -> list[dict]:
-    """Make the run folder, or go on in it: the records that it has. ValueError if it is another configuration's run."""
-    path, records_path = folder / "config.json", folder / "records.jsonl"
+def facts(model: Qwen2, samples: Sequence[Sample]) -> dict[str, str]:
+    """What a run's numbers depend on besides its configuration: digests of data, weights and code, and versions."""
+    root = Path(__file__).parent
+    code = b"".join(path.read_bytes() for path in sorted((*root.glob("*.py"), *root.glob("data/*.py"))))
+    return {"data": evaluate.digest(samples), "weights": fingerprint(model), "code": hashlib.sha256(code).hexdigest(),
+            "torch": torch.__version__, "python": sys.version.split()[0]}
+
+
+def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
+    """Make the run folder, or go on in it. ValueError if it holds a run of another configuration, data or weights.
+
+    What a kill may have left is mended: a torn last line is cut off, and records of other ranks move to records.jsonl.
+    """
     if config.overwrite:
-        for old in (path, records_path, folder / "summary.json"):
+        for old in (folder / "config.json", folder / "facts.json", folder / "summary.json", *evaluate.record_files(folder)):
             old.unlink(missing_ok=True)
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    if (folder / "config.json").is_file():
+        before = evaluate.read_json(folder / "config.json")
         other = [f"{name} is {before.get(name)!r} there, {value!r} now" for name, value in asdict(config).items()
                  if name not in FREE and before.get(name) != value]
+        then = evaluate.read_json(folder / "facts.json") if (folder / "facts.json").is_file() else now
+        other += [f"the {name} are others" for name in ("data", "weights") if then[name] != now[name]]
         if other:
             raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(other)}): choose another --out, "
                              "or start it anew with --overwrite")
+        for name in ("code", "torch", "python"):
+            if then[name] != now[name]:
+                print(f"{folder}: the run was begun with {name} {then[name]:.12}, it goes on with {now[name]:.12}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(config))
-    if not records_path.is_file():
-        return []
-    text = records_path.read_bytes()
-    whole = text[:text.rfind(b"\n") + 1]
-    if whole != text:                                  # the process was killed in the middle of its last write
-        print(f"{records_path}: the last line is torn and is cut off; that sample is computed again")
-        os.truncate(records_path, len(whole))
-    return evaluate.read_records(folder)
+    write_json(folder / "config.json", asdict(config))
+    write_json(folder / "facts.json", {"config": evaluate.digest_file(folder / "config.json"), **now})
+    append(folder / "records.jsonl", b"")
+    for path in evaluate.record_files(folder):
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):                       # the process was killed in the middle of its last write
+            print(f"{path}: the last line is torn and is cut off; that sample is computed again")
+            os.truncate(path, whole)
+    merge(folder)
 
 
-def append_record(folder: Path, record: Record) -> dict:
-    """Add one line in one write, flushed and synced: a kill loses at most the sample under way."""
-    line = asdict(record)
-    with open(folder / "records.jsonl", "ab", buffering=0) as file:
-        file.write((json.dumps(line) + "\n").encode())
-        os.fsync(file.fileno())
-    return line
+def merge(folder: Path) -> None:
+    """Move the records of further ranks into records.jsonl. What a kill leaves twice is read once, by its id."""
+    for path in folder.glob("records-*.jsonl"):
+        append(folder / "records.jsonl", path.read_bytes())
+        path.unlink()
 
 
-def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, done: list[dict]) -> list[dict]:
-    """Algorithm 1 over the samples that have no record yet; gives all records, in the samples' order."""
-    records = {record["id"]: record for record in done}
-    bar = tqdm([s for s in samples if s.id not in records], initial=len(records), total=len(samples), unit="sample",
-               dynamic_ncols=True)
+def append(path: Path, content: bytes) -> None:
+    """Add to a file in one write, flushed and synced: a kill loses at most this one."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}); what is finished is kept, and once that is mended "
+                      "the same command goes on") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into the run folder at the same time; the lock dies with this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is running there; wait for it, or choose another --out") from None
+        yield
+
+
+@contextmanager
+def ranks() -> Iterator[tuple[int, int]]:
+    """This process's rank and how many there are: (0, 1), or what torchrun says."""
+    if not dist.is_torchelastic_launched():
+        yield 0, 1
+        return
+    # Gloo on GPUs, too: no tensor travels, the ranks only wait for one another, the first for as long as a run takes.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def wait_for_all(world: int) -> None:
+    """Wait until every rank is here; KeyboardInterrupt if one has ended before."""
+    try:
+        if world > 1:
+            dist.barrier()
+    except RuntimeError as error:
+        raise KeyboardInterrupt from error
+
+
+def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int = 0, world: int = 1) -> None:
+    """Algorithm 1 over this rank's share of the samples that have no record yet, a line each in its own file."""
+    records = {record["id"]: record for record in evaluate.read_records(folder)}
+    path = folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
+    share = [sample for sample in samples if sample.id not in records][rank::world]
+    bar = tqdm(share, initial=len(records), total=len(records) + len(share), unit="sample", dynamic_ncols=True, disable=rank > 0)
     for sample in bar:
         record = self_improve(agent, sample.without_answers(), config)
         for part in (record.base, record.answer):
             part.update(asdict(evaluate.exact_match(part["text"], sample)))
         record.gold, record.reachable = call_text(sample.answers), evaluate.reachable(sample)
-        records[sample.id] = append_record(folder, record)
+        records[sample.id] = asdict(record)
+        append(path, (json.dumps(records[sample.id]) + "\n").encode())
         if config.verbose:
             bar.write(evaluate.story(records[sample.id], config.tau) + "\n")
         now = evaluate.summarise(list(records.values()))
         bar.set_postfix_str(f"base {now['base_accuracy']:.1%} now {now['accuracy']:.1%} adapted {now['adapted'] / now['n']:.0%}")
-    return [records[s.id] for s in samples if s.id in records]
 
 
 # ------------------------------------------------------------------------------------------------- the command line
@@ -310,7 +378,7 @@ def parse_args(argv: Sequence[str] | None) -> Config:
 def choose(config: Config) -> tuple[Config, str]:
     """Fill in what the user left open, and a line that says what was chosen, why, and the flag that changes it."""
     cuda = torch.cuda.is_available()
-    device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
+    device = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu") if config.device == "auto" else config.device
     if config.model:
         model, why = config.model, "as --model says"
     elif cuda:
@@ -328,11 +396,11 @@ def choose(config: Config) -> tuple[Config, str]:
     return Config(**chosen), f"{config.bench}: {name} ({why}) on {samples}; {device}, {dtype}"
 
 
-def set_up(config: Config) -> tuple[Agent, list[Sample]]:
-    """Load samples, tokenizer and model; ValueError, FileNotFoundError or ConnectionError in one sentence."""
+def set_up(config: Config) -> tuple[Agent, list[Sample], dict[str, str]]:
+    """Load samples, tokenizer and model, and their facts; ValueError, FileNotFoundError or ConnectionError in one sentence."""
     bundled = config.data == "bundled"
-    samples = data.load(config.bench, None if bundled else config.data or None, offline=config.offline, bundled=bundled)
-    samples = samples[:config.limit or None]
+    everything = data.load(config.bench, None if bundled else config.data or None, offline=config.offline, bundled=bundled)
+    samples = everything[:config.limit or None]
     folder = TINY if config.model == "tiny" else find_checkpoint(config.model, config.offline)
     if config.model == "tiny":
         torch.set_num_threads(1)                        # on matrices this small, more threads only get in the way
@@ -349,39 +417,61 @@ def set_up(config: Config) -> tuple[Agent, list[Sample]]:
         if (length := len(tokenizer.chat(call_prompt(sample)))) > room:
             raise ValueError(f"{sample.id}: its prompt of {length} tokens and an answer of {config.max_new_tokens} exceed the "
                              f"model's context of {model.config.max_position_embeddings}: lower --max-new-tokens, or leave it out")
-    return Agent(model, tokenizer, PrefixCaches(model)), samples
+    return Agent(model, tokenizer, PrefixCaches(model)), samples, facts(model, everything)
+
+
+def work(config: Config, rank: int, world: int) -> int:
+    """One process's part of the program, and for rank 0 the table at the end; its exit code."""
+    folder = Path(config.out)
+    agent, samples, now = set_up(config)
+    with locked(folder) if rank == 0 else nullcontext():
+        if rank == 0:
+            open_run(folder, config, now)
+            if done := len(evaluate.read_records(folder)):
+                print(f"{folder}: going on after {done} finished samples (--overwrite starts anew)")
+        def stop(*_): raise KeyboardInterrupt
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job ignores SIGINT
+            signal.signal(number, stop)
+        interrupted = False
+        try:
+            wait_for_all(world)
+            run(agent, samples, config, folder, rank, world)
+            if fingerprint(agent.model) != now["weights"]:
+                raise ValueError("the base weights have changed during the run: its records are not to be trusted")
+            wait_for_all(world)
+        except KeyboardInterrupt:
+            interrupted = True
+        if rank > 0:
+            return 130 if interrupted else 0
+        if not interrupted:                             # else another rank may still be at its last record
+            merge(folder)
+            write_json(folder / "facts.json", {**evaluate.read_json(folder / "facts.json"), "weights_after": now["weights"]})
+        records = evaluate.read_records(folder)
+        if records:
+            write_json(folder / "summary.json", evaluate.summarise(records))
+            print(evaluate.table([folder]))
+        if interrupted:
+            print(f"Interrupted after {len(records)} of {len(samples)} samples: the same command goes on from here.")
+            return 130
+        print(closing_line(records, folder))
+        return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; gives its exit code: 0, 2 for a mistake of the user's, 130 when interrupted."""
+    """The program; gives its exit code: 0, 1 out of memory, 2 for a mistake of the user's, 130 when interrupted."""
     try:
         config, line = choose(parse_args(argv))
-        print(line, flush=True)
-        folder = Path(config.out)
-        agent, samples = set_up(config)
-        done = open_run(folder, config)
+        with ranks() as (rank, world):
+            if rank == 0:
+                print(line, flush=True)
+            return work(config, rank, world)
     except (ValueError, OSError) as error:              # FileNotFoundError and ConnectionError are OSErrors
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {evaluate.printable(str(error))}", file=sys.stderr)
         return 2
-    if done:
-        print(f"{folder}: going on after {len(done)} finished samples (--overwrite starts anew)")
-    def stop(*_): raise KeyboardInterrupt
-    for number in (signal.SIGINT, signal.SIGTERM):      # also where a shell's background job ignores SIGINT
-        signal.signal(number, stop)
-    interrupted = False
-    try:
-        run(agent, samples, config, folder, done)
-    except KeyboardInterrupt:
-        interrupted = True
-    records = evaluate.read_records(folder)
-    if records:
-        write_json(folder / "summary.json", evaluate.summarise(records))
-        print(evaluate.table([folder]))
-    if interrupted:
-        print(f"Interrupted after {len(records)} of {len(samples)} samples: the same command goes on from here.")
-        return 130
-    print(closing_line(records, folder))
-    return 0
+    except torch.OutOfMemoryError as error:             # not while adapting, which can be left out
+        print(f"train.py: error: {str(error).splitlines()[0]} What is finished is kept: the same command goes on, "
+              "for instance with --dtype bfloat16 or on another device", file=sys.stderr)
+        return 1
 
 
 def closing_line(records: list[dict], folder: Path) -> str:

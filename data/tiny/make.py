@@ -6,8 +6,9 @@
 A task is put together from parts: a tool is a verb and a thing ("get", "hotel review") with a few parameters, each of
 a kind (a city, a date, an e-mail address) that has values without end and phrases by which a request mentions them.
 There are two splits: "train", and "held_out" for the bundled samples. They share verbs and kinds, but no noun, so no
-tool name, and no phrase. ("wide" is "train" with nouns and services of random letters: what can't be known must be copied.) A value stands in the request as it stands in the call, save the flags: a request says them
-in words ("urgently") and the call as true or false. Tasks come in the manners of four benchmarks, in their file format.
+tool name, and no phrase. Most nouns of the training are random letters: what cannot be known must be copied. A value
+stands in the request as it stands in the call, save the flags: a request says them in words ("urgently") and the call
+as true or false. Tasks come in the manners of four benchmarks, in their file format.
 """
 import argparse
 import json
@@ -34,7 +35,7 @@ from data.calls import required_arguments
 from model import ModelConfig, Qwen2, Tokenizer, pad, render
 from uncertainty import ANSWER_START
 
-SPLITS = ("train", "wide", "held_out")
+SPLITS = ("train", "held_out")
 BENCHES = ("toolalpaca", "sealtool", "apibank", "nexusraven")
 SAMPLES, SAMPLES_SEED = 50, 0           # the bundled files: how many samples each, and from which seed
 
@@ -50,8 +51,7 @@ OPTIONAL = 0.4          # a parameter after the first is optional ...
 UNSAID = 0.6            # ... and then the request leaves it out
 FLAG = 0.08             # a tool has a flag among its parameters
 DESCRIBED = 0.05        # a parameter has a description
-MADE_UP = 0.3           # a noun of the training split is a made-up word, so that copying pays more than knowing
-ODD = 0.6               # a noun or service of the wide split is one of random letters
+ODD = 0.6               # a noun, service or phrase of the training split has random letters in it
 TWO_CALLS = 0.1         # a request in ToolAlpaca's manner needs two calls
 EARLIER_CALL = 0.25     # a dialogue in API-Bank's manner has a call behind it
 ASKED_BACK = 0.4        # ... and the assistant asks for the values first
@@ -68,8 +68,8 @@ def word(r: random.Random) -> str:
 
 
 def letters(r: random.Random) -> str:
-    """A word of random letters, about as frequent as in English, so that its pieces are any tokens whatever."""
-    return "".join(r.choice("eeeeaaaaiiioooouutttnnnsssrrrlllddhhccmmppggbbfwyvkjxqz") for _ in range(r.randint(4, 10)))
+    """A word of random letters, about as frequent as in English, or of random syllables: its pieces are any tokens whatever."""
+    return word(r) if r.random() < 0.3 else "".join(r.choice("eeeeaaaaiiioooouutttnnnsssrrrlllddhhccmmppggbbfwyvkjxqz") for _ in range(r.randint(4, 10)))
 
 
 def name(r: random.Random) -> str:
@@ -202,7 +202,7 @@ SECURITY = {    # NexusRaven's world; noun: the kind of its first parameter
 }
 SECURITY_KINDS = "key limit date severity keyword message page version".split()
 SERVICES = {"train": "vt abuse shodan net scan intel trace ops".split(), "held_out": "guard sentry radar".split()}
-LISTS = {"train": 400, "wide": 10 ** 6, "held_out": 4}   # NexusRaven: how many fixed lists of tools its samples share
+LISTS = {"train": 10 ** 6, "held_out": 4}   # NexusRaven: how many fixed lists of tools its samples share
 SECURITY_FACETS = ["", *"report votes comments history score alerts traffic owner".split()]
 FACETS = ["", "", "", *"details status history price review summary record photo note policy rule vote label".split()]
 VERBS = [       # the words of a line mean the same, and none stands in two lines; a tool has one without a blank
@@ -251,13 +251,12 @@ def make_tool(r: random.Random, bench: str, service: str, group: int, thing: str
 
 def draw_noun(r: random.Random, bench: str, split: str, domain: str) -> tuple[str, list[str]]:
     """A noun and the kinds of parameters its tools have; in NexusRaven's world the first one belongs to the noun."""
-    odd = letters(r) if split == "wide" and r.random() < ODD else ""
+    odd = letters(r) if split == "train" and r.random() < ODD else ""
     if bench == "nexusraven":
         noun = r.choice(list(SECURITY[split]))
         return odd or noun, [SECURITY[split][noun], *r.sample(SECURITY_KINDS, 2)]
     nouns, kinds = DOMAINS[split][domain]
-    noun = odd or (word(r) if split != "held_out" and r.random() < MADE_UP else r.choice(nouns.split()))
-    return noun, r.sample(["id", *kinds.split()], 3)
+    return odd or r.choice(nouns.split()), r.sample(["id", *kinds.split()], 3)
 
 
 def make_tools(r: random.Random, bench: str, split: str) -> list[dict]:
@@ -265,7 +264,7 @@ def make_tools(r: random.Random, bench: str, split: str) -> list[dict]:
     domain, size = r.choice(list(DOMAINS[split])), r.choice(TOOLS[bench])
     service = ""
     if bench == "nexusraven":
-        service = letters(r) if split == "wide" and r.random() < ODD else r.choice(SERVICES[split])
+        service = letters(r) if split == "train" and r.random() < ODD else r.choice(SERVICES[split])
     noun, kinds = draw_noun(r, bench, split, domain)
     facets, groups = (SECURITY_FACETS, SECURITY_VERBS) if bench == "nexusraven" else (FACETS, len(VERBS))
     facet, group, tools, taken = r.choice(facets), r.randrange(groups), [], set()
@@ -295,12 +294,13 @@ PHRASES = {     # how requests and dialogues are worded; no phrase stands in bot
                   "Help me {}.", "I have to {} today.", "Hi, please {} now.", "My boss asked me to {}.", "Let us {}."),
         "thing": ("the {noun} {facet}", "the {facet} of the {noun}", "my {noun} {facet}"),
         "noun": ("the {noun}", "my {noun}"),
-        "value": ("with {label} {value}", "where {label} is {value}", "({label} {value})"),
-        "sentence": ("The {label} is {value}.", "{label}: {value}.", "It has {label} {value}."),
+        "value": ("with {label} {value}", "where {label} is {value}", "({label} {value})", "with {value} for {label}"),
+        "sentence": ("The {label} is {value}.", "{label}: {value}.", "It has {label} {value}.", "{value} is the {label}."),
         "and": (" and ", " and also ", ", then "),
         "sure": ("Sure.", "Of course, one moment.", "Alright, I will do that."),
         "ask": ("Sure. What is the {}?", "I need the {} for that.", "Please tell me the {}."),
-        "give": ("The {label} is {value}", "It has {label} {value}", "My {label} is {value}"),
+        "give": ("The {label} is {value}", "It has {label} {value}", "My {label} is {value}",
+                 "{value} is the {label}"),
         "done": ("Done. Anything else?", "That is done.", "It worked."),
     },
     "held_out": {
@@ -317,15 +317,20 @@ PHRASES = {     # how requests and dialogues are worded; no phrase stands in bot
     },
 }
 
-for table in (DOMAINS, SECURITY, SERVICES, PHRASES):
-    table["wide"] = table["train"]
-
 
 def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def plan(r: random.Random, tool: dict, split: str) -> tuple[str, list[tuple], dict]:
+def say(r: random.Random, phrases: Sequence[str], odd: float) -> str:
+    """One of the phrases, with the share `odd` of them garbled: what stands around a value must not be needed to copy it."""
+    phrase = r.choice(phrases)
+    if odd and r.random() < odd:
+        phrase = re.sub(r"(?<!{)\b[A-Za-z]+\b(?!})", lambda found: letters(r) if r.random() < 0.5 else found[0], phrase)
+    return phrase
+
+
+def plan(r: random.Random, tool: dict, split: str, odd: float) -> tuple[str, list[tuple], dict]:
     """What a request for `tool` has to say, read from its JSON alone.
 
     Returns the deed ("find the hotel's price urgently"), a (label, value, natural phrase) for each value that is
@@ -335,7 +340,7 @@ def plan(r: random.Random, tool: dict, split: str) -> tuple[str, list[tuple], di
     thing = thing.removeprefix("the ").split(" by ")[0]
     noun, facet = thing.rsplit(" ", 1) if thing.split()[-1] in FACETS + SECURITY_FACETS else (thing, "")
     verb = r.choice(VERBS[GROUP_OF[verb]]) if r.random() < SYNONYM else verb
-    deed = f"{verb} " + r.choice(PHRASES[split]["thing" if facet else "noun"]).format(noun=noun, facet=facet)
+    deed = f"{verb} " + say(r, PHRASES[split]["thing" if facet else "noun"], odd).format(noun=noun, facet=facet)
     held_out, said, arguments = int(split == "held_out"), [], {}
     for i, (key, schema) in enumerate(tool["parameters"].items()):
         if i > 0 and key not in required_arguments(tool) and r.random() < UNSAID:
@@ -347,45 +352,45 @@ def plan(r: random.Random, tool: dict, split: str) -> tuple[str, list[tuple], di
         kind = KINDS[KIND_OF.get(key, "id")]
         value = kind[1](r)
         arguments[key] = str(value) if schema["type"] in ("str", "string") else value
-        said.append((key.replace("_", " "), value, r.choice(kind[2 + held_out].split("|")).format(value)))
+        said.append((key.replace("_", " "), value, say(r, kind[2 + held_out].split("|"), odd).format(value)))
     return deed, said, arguments
 
 
-def write_request(r: random.Random, tools: list[dict], split: str) -> tuple[str, list[dict]]:
+def write_request(r: random.Random, tools: list[dict], split: str, odd: float = 0.0) -> tuple[str, list[dict]]:
     """One turn of a user that needs one call of each of these tools, and the calls."""
     phrases, deeds, sentences, calls = PHRASES[split], [], [], []
     for tool in tools:
-        deed, said, arguments = plan(r, tool, split)
+        deed, said, arguments = plan(r, tool, split, odd)
         for label, value, natural in r.sample(said, len(said)):
             if len(tools) == 1 and r.random() < SENTENCE:
-                sentences.append(upper_first(r.choice(phrases["sentence"]).format(label=label, value=value)))
+                sentences.append(upper_first(say(r, phrases["sentence"], odd).format(label=label, value=value)))
             elif r.random() < NATURAL:
                 deed += " " + natural
             else:
-                deed += " " + r.choice(phrases["value"]).format(label=label, value=value)
+                deed += " " + say(r, phrases["value"], odd).format(label=label, value=value)
         deeds.append(deed)
         calls.append({"name": tool["name"], "arguments": arguments})
-    request = r.choice(phrases["frame"]).format(r.choice(phrases["and"]).join(deeds))
+    request = say(r, phrases["frame"], odd).format(say(r, phrases["and"], odd).join(deeds))
     return " ".join([upper_first(request), *sentences]), calls
 
 
-def write_dialogue(r: random.Random, tools: list[dict], split: str) -> tuple[list[dict], list[dict]]:
+def write_dialogue(r: random.Random, tools: list[dict], split: str, odd: float) -> tuple[list[dict], list[dict]]:
     """API-Bank's turns up to a call: after one request, or a question back; before them perhaps an earlier call."""
     phrases, turns, tool = PHRASES[split], [], r.choice(tools)
     if r.random() < EARLIER_CALL:
-        request, calls = write_request(r, [r.choice(tools)], split)
+        request, calls = write_request(r, [r.choice(tools)], split, odd)
         turns += [("user", request), ("assistant", f"```{json.dumps(calls)}```"),
-                  ("tool", r.choice(("success", "done", code(r)))), ("agent", r.choice(phrases["done"]))]
-    deed, said, arguments = plan(r, tool, split)
+                  ("tool", r.choice(("success", "done", code(r)))), ("agent", say(r, phrases["done"], odd))]
+    deed, said, arguments = plan(r, tool, split, odd)
     if said and r.random() < ASKED_BACK:
         calls = [{"name": tool["name"], "arguments": arguments}]
-        turns += [("user", upper_first(r.choice(phrases["frame"]).format(deed))),
-                  ("agent", r.choice(phrases["ask"]).format(" and ".join(label for label, _, _ in said))),
-                  ("user", ". ".join(r.choice(phrases["give"]).format(label=label, value=value)
+        turns += [("user", upper_first(say(r, phrases["frame"], odd).format(deed))),
+                  ("agent", say(r, phrases["ask"], odd).format(" and ".join(label for label, _, _ in said))),
+                  ("user", ". ".join(say(r, phrases["give"], odd).format(label=label, value=value)
                                      for label, value, _ in said) + ".")]
     else:
-        request, calls = write_request(r, [tool], split)
-        turns += [("user", request), ("agent", r.choice(phrases["sure"]))][:r.randint(1, 2)]
+        request, calls = write_request(r, [tool], split, odd)
+        turns += [("user", request), ("agent", say(r, phrases["sure"], odd))][:r.randint(1, 2)]
     turns[-1] = (turns[-1][0], turns[-1][1] + "\nGenerate API Request:")
     return [{"role": role, "content": content} for role, content in turns], calls
 
@@ -395,12 +400,12 @@ def write_dialogue(r: random.Random, tools: list[dict], split: str) -> tuple[lis
 def make_task(r: random.Random, bench: str, split: str) -> dict:
     """One item {"query", "tools", "answers"} of a file in the manner of `bench`."""
     of_list = random.Random(f"{split} {r.randrange(LISTS[split])}") if bench == "nexusraven" else r
-    tools = make_tools(of_list, bench, split)
+    tools, odd = make_tools(of_list, bench, split), ODD if split == "train" else 0.0
     if bench == "apibank":
-        query, calls = write_dialogue(r, tools, split)
+        query, calls = write_dialogue(r, tools, split, odd)
     else:
         two = bench == "toolalpaca" and r.random() < TWO_CALLS
-        query, calls = write_request(r, r.sample(tools, 2 if two else 1), split)
+        query, calls = write_request(r, r.sample(tools, 2 if two else 1), split, odd)
     return {"query": query, "tools": tools, "answers": seal(calls) if bench == "sealtool" else calls}
 
 
@@ -447,8 +452,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # A word is split from the blank or quote before it, so a value is the same tokens in the request and in the call: then
 # copying it is the plain pattern that a small transformer learns first. Punctuation joins across a blank (`": "`).
 SPLIT = r"\p{L}+|\p{N}|(?: ?[^\s\p{L}\p{N}]+)+[\r\n]*|\s*[\r\n]+| |\s+"
-BATCH, PROMPT_WEIGHT = 8, 0.1
-STAGES = (("train", 4400, 1.5e-3), ("wide", 1600, 1e-3))      # split, steps, peak learning rate: first to copy, then to copy anything
+STEPS, BATCH, PEAK, PROMPT_WEIGHT = 9000, 8, 1.5e-3, 0.5
 MIX = (("call", 0.75), ("request", 0.17), ("joint", 0.08))        # what the examples ask for, and their shares
 
 
@@ -487,10 +491,10 @@ def make_tokenizer(folder: Path, seed: int) -> None:
         {**CONFIG, "vocab_size": bpe.get_vocab_size(), "eos_token_id": eos}, indent=2) + "\n")
 
 
-def example(r: random.Random, tokenizer: Tokenizer, split: str) -> tuple[list[int], list[int]]:
+def example(r: random.Random, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """One training example, (prompt ids, answer ids): a call, a request like another, or such a request and its call."""
     bench = r.choice(BENCHES)
-    item = make_task(r, bench, split)
+    item = make_task(r, bench, "train")
     sample = parse_sample(item, "train", "make.py")
     kind = r.choices([kind for kind, _ in MIX], [share for _, share in MIX])[0]
     if kind == "call":
@@ -502,10 +506,10 @@ def example(r: random.Random, tokenizer: Tokenizer, split: str) -> tuple[list[in
     return prompt, [*tokenizer.encode(answer), tokenizer.im_end]
 
 
-def batches(r: random.Random, tokenizer: Tokenizer, split: str, steps: int) -> Iterator[list[tuple[list[int], list[int]]]]:
+def batches(r: random.Random, tokenizer: Tokenizer, steps: int) -> Iterator[list[tuple[list[int], list[int]]]]:
     """Batches of examples of about one length each, so that little is padding."""
     for start in range(0, steps, 16):
-        pool = sorted((example(r, tokenizer, split) for _ in range(16 * BATCH)), key=lambda e: len(e[0]) + len(e[1]))
+        pool = sorted((example(r, tokenizer) for _ in range(16 * BATCH)), key=lambda e: len(e[0]) + len(e[1]))
         order = list(range(0, len(pool), BATCH))
         r.shuffle(order)
         yield from [pool[i:i + BATCH] for i in order][:steps - start]
@@ -537,16 +541,16 @@ def new_model(config: ModelConfig, seed: int) -> Qwen2:
     return model
 
 
-def train(model: Qwen2, tokenizer: Tokenizer, folder: Path, split: str, steps: int, peak: float, seed: int) -> None:
-    """One stage: AdamW, linear warm-up over 100 steps, half a cosine to zero. Writes model.safetensors now and then."""
+def train(model: Qwen2, tokenizer: Tokenizer, folder: Path, steps: int, seed: int) -> None:
+    """AdamW, linear warm-up over 100 steps, half a cosine to zero. Writes model.safetensors now and then."""
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
                                   betas=(0.9, 0.98))
-    bar = tqdm(batches(random.Random(f"{split} {seed}"), tokenizer, split, steps), total=steps, unit="step", desc=split)
+    bar = tqdm(batches(random.Random(f"train {seed}"), tokenizer, steps), total=steps, unit="step")
     smooth = None
     for step, batch in enumerate(bar):
         for group in optimizer.param_groups:
-            group["lr"] = peak * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = PEAK * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
         loss, answer_loss = batch_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -566,7 +570,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         f"{SAMPLES} tasks each, with tools and in phrases that the training never sees")
     parser.add_argument("--train", action="store_true", help="only train the checkpoint")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "tiny", help="the checkpoint's folder (default: data/tiny)")
-    parser.add_argument("--steps", type=int, default=10 ** 9, help="at most so many steps a stage, for a quick try")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of {BATCH} tasks (default: {STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
     args = parser.parse_args(argv)
     if args.samples or not args.train:
@@ -579,8 +583,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         make_tokenizer(args.out, args.seed)
         tokenizer, model = Tokenizer(args.out), new_model(ModelConfig.from_folder(args.out), args.seed)
-        for split, steps, peak in STAGES:
-            train(model, tokenizer, args.out, split, min(steps, args.steps), peak, args.seed)
+        train(model, tokenizer, args.out, args.steps, args.seed)
         print(f"{args.out}: {sum(f.stat().st_size for f in args.out.glob('*.*')) / 1e6:.1f} MB")
 
 
