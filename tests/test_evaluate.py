@@ -80,7 +80,8 @@ def test_the_program(folder, capsys):
     (lambda f: (f / "records.jsonl").unlink(), "a", "a run folder of train.py"), (lambda f: None, "z", "no sample 'z'"),
     (lambda f: (f / "config.json").unlink(), "a", "a run folder of train.py"),
     (lambda f: (f / "config.json").write_text("{"), "a", "config.json"),
-    (lambda f: (f / "records.jsonl").write_text('{"id": "a"}\n{\n'), "a", "records.jsonl:2")])
+    (lambda f: (f / "records.jsonl").write_text(json.dumps(RECORDS[0]) + "\n{\n"), "a", "records.jsonl, line 2"),
+    (lambda f: (f / "records.jsonl").write_text('{"id": "a"}\n'), "a", "records.jsonl, line 1")])
 def test_a_users_mistake_is_one_line_and_code_2(folder, capsys, break_, sample, said):
     break_(folder)
     assert main([str(folder), "--sample", sample]) == 2

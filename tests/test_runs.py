@@ -22,6 +22,7 @@ from augment import Pair
 from data.tiny import make
 from lora import LoRALinear
 from model import PrefixCaches, Tokenizer, fingerprint, load_model
+from test_evaluate import record as sound_record
 from train import TINY, Agent, Config, main, self_improve
 
 ROOT = Path(train.__file__).parent
@@ -292,10 +293,7 @@ def test_any_data_file_is_loaded_or_named(scratch, content):
 @settings(max_examples=1500, deadline=None)
 @given(st.data())
 def test_any_record_file_is_read_or_named_and_what_is_read_can_be_shown(scratch, draw):
-    record = {"id": "x-0", "request": "", "margin": 0.5, "uncertain": True, "candidates": {"f": -1.0}, "outcome": "adapted",
-              "pairs": [{"request": "", "calls": [{}], "votes": 1}], "rejected": [{"text": "", "reason": ""}], "losses": [1.0], "gold": "",
-              "reachable": True, "seconds": {"base": 1.0}, **{when: {"text": "", "exact": True, "reason": "", "strict": True, "parsed": True,
-              "name_correct": True, "name_f1": 1.0, "argument_f1": 1.0} for when in ("base", "answer")}}
+    record = sound_record("x-0", True, False)
     key = draw.draw(st.sampled_from([*record, "none"]))
     line = json.dumps({**record, key: draw.draw(JSON)}).encode()
     line = draw.draw(st.just(line) | st.binary(max_size=40) | st.just(line[:len(line) // 2]))

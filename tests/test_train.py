@@ -132,7 +132,7 @@ def test_training_equals_a_plain_loop_over_the_whole_prompt(agent, samples, adap
     model, tokenizer = agent.model, agent.tokenizer
     head, rest = tokenizer.split_chat(call_prompt(samples[0]))
     answer = tokenizer.encode(data.call_text(samples[0].answers)) + [tokenizer.im_end]
-    config = dataclasses.replace(CONFIG, adapt=adapt)
+    config = dataclasses.replace(CONFIG, adapt=adapt, lr=1e-4)
 
     def fresh(): return lora.new_params(model, 4, [seeded("twin")])
     ours = fresh()

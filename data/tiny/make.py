@@ -295,7 +295,7 @@ PHRASES = {     # how requests and dialogues are worded; no phrase stands in bot
         "thing": ("the {noun} {facet}", "the {facet} of the {noun}", "my {noun} {facet}"),
         "noun": ("the {noun}", "my {noun}"),
         "value": ("with {label} {value}", "where {label} is {value}", "({label} {value})", "with {value} for {label}"),
-        "sentence": ("The {label} is {value}.", "{label}: {value}.", "It has {label} {value}.", "{value} is the {label}."),
+        "sentence": ("The {label} is {value}.", "{label}: {value}.", "It has {label} {value}.", "Here {value} is the {label}."),
         "and": (" and ", " and also ", ", then "),
         "sure": ("Sure.", "Of course, one moment.", "Alright, I will do that."),
         "ask": ("Sure. What is the {}?", "I need the {} for that.", "Please tell me the {}."),
