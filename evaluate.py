@@ -3,6 +3,7 @@
     python evaluate.py runs/*                                            # one table of several runs
     python evaluate.py runs/nexusraven-tiny-ttsi-s0 --sample nexusraven-7     # one sample's story
     python evaluate.py runs/nexusraven-tiny-ttsi-s0 --verify                  # is the run whole, and scored right?
+    python evaluate.py runs/nexusraven-tiny-ttsi-s0 --uncertainty --plot plots     # which score knows what is wrong?
 """
 import argparse
 import hashlib
@@ -11,11 +12,16 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from data import Sample, load
 from data.calls import Call, call_key, parse_calls
+from uncertainty import RANKING, SCORES, bootstrap, calibration, cross_fitted, cumulative, gain_budget, gate_rates, interval, ranking, \
+    reliability, risk_coverage, threshold_between
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def read_json(path: Path) -> dict:
 
 ANSWER = {"text": str, "exact": bool, "reason": str, "strict": bool, "parsed": bool, "name_correct": bool, "name_f1": float,
           "argument_f1": float}
-RECORD = {"id": str, "request": str, "margin": float, "uncertain": bool, "candidates": {...: float}, "outcome": str,
+RECORD = {"id": str, "request": str, "margin": float, "uncertain": bool, "gate": str, "tau": float, "scores": {...: float}, "candidates": {...: float}, "outcome": str,
           "base": ANSWER, "answer": ANSWER, "pairs": [{"request": str, "calls": [dict], "votes": int}],
           "rejected": [{"text": str, "reason": str}], "losses": [float], "gold": str, "reachable": bool, "seconds": {...: float}}
 
@@ -234,9 +240,158 @@ def table(folders: Sequence[Path]) -> str:
             notes.append(f"{folder.name}: {summary['out_of_memory']} adaptations did not fit into the memory; the direct answers stand")
         if summary["reachable"] < 1:
             notes.append(f"{folder.name}: at most {summary['reachable']:.1%} can be reached: elsewhere a gold call's tool is not offered")
+    return "\n".join([grid(rows), *notes])
+
+
+# ------------------------------------------------------------------------------------------- which uncertainty, and plots
+
+def columns(records: Sequence[dict]) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Of a run: each score (n,), whether the direct answer is wrong (n,), and what adapting gained, -1, 0 or 1 (n,)."""
+    names = [name for name in SCORES if all(name in record["scores"] for record in records)]
+    def column(values): return torch.tensor(list(values), dtype=torch.float64)
+    return ({name: column(r["scores"][name] for r in records) for name in names},
+            column(not r["base"]["exact"] for r in records),
+            column(r["answer"]["exact"] - r["base"]["exact"] for r in records))
+
+
+def first_choice(records: Sequence[dict]) -> tuple[list[torch.Tensor], list[int | None], torch.Tensor]:
+    """Of samples with a rival to choose from: the l_n, which candidate is the gold's (None: not offered), and p_(1)."""
+    l, gold = [], []
+    for record in records:
+        calls = parse_calls(record["gold"]).calls
+        if len(record["candidates"]) > 1 and calls:
+            l.append(torch.tensor(list(record["candidates"].values()), dtype=torch.float64))
+            gold.append(next((i for i, name in enumerate(record["candidates"]) if name == calls[0].name), None))
+    return l, gold, torch.stack([row.softmax(-1).max() for row in l]) if l else torch.zeros(0)
+
+
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned columns, the first to the left, under a ruled head."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def uncertainty_report(folder: Path) -> str:
+    """All scores of a run compared, best first, with 95 % bootstrap intervals; calibration; and what the gate is worth."""
+    records = read_records(folder)
+    if not records:
+        raise ValueError(f"{folder}: no finished sample yet")
+    scores, error, gain = columns(records)
+    n, wrong = len(records), int(error.sum())
+    text = [f"{printable(folder.name)}: {n} samples, {wrong} direct answers wrong. Does a score rank those first?"]
+    if wrong in (0, n):
+        text.append(f"Nothing can be ranked: all {n} direct answers are {'wrong' if wrong else 'right'}.")
+    else:
+        drawn = {name: bootstrap(ranking, score, error) for name, score in scores.items()}
+        found = {name: ranking(score, error) for name, score in scores.items()}
+        best = max(found, key=lambda name: found[name]["AUROC"])
+        rows = [["score", *RANKING, "beside the best"]]
+        for name in sorted(found, key=lambda name: -found[name]["AUROC"]):
+            low, high = interval(drawn[best]["AUROC"] - drawn[name]["AUROC"])
+            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(found[name][m], *interval(drawn[name][m])) for m in RANKING]
+            rows.append([name, *cells, "the best" if name == best else "within noise" if low <= 0 <= high else "worse"])
+        text.append(grid(rows))
+        text.append("Within noise: the 95 % interval of the difference in AUROC to the best, over the same resamples, holds 0.")
+    l, gold, p = first_choice(records)
+    if l:
+        right = torch.tensor([float(row.argmax() == g) for row, g in zip(l, gold)])
+        rows = [["p(1)", "right", *calibration(p, right)]]
+        for name, q in (("as it is", p), ("temperature, cross-fitted", cross_fitted(l, gold))):
+            drawn = bootstrap(calibration, q, right, times=200)
+            rows.append([name, f"{right.mean():.2f}", *("{:.3f} [{:.3f}, {:.3f}]".format(value, *interval(drawn[m]))
+                                                         for m, value in calibration(q, right).items())])
+        text += ["", f"Is p(1) the probability that the first candidate is the gold's tool ({len(l)} samples with more than one)?", grid(rows)]
+    gate = records[0]["gate"]
+    score, flagged = scores[gate], torch.tensor([r["uncertain"] for r in records])
+    adapted = any(r["outcome"] not in ("certain", "direct") for r in records)
+    rows = [["adapted", "TPR", "FPR", "precision", *(["fixed", "harmed", "gain"] if adapted else [])]]
+    rank = cumulative(score, torch.ones(n))
+    for share in (None, *range(10, 101, 10)):
+        if share is None:
+            gated, label = flagged, f"at tau {records[0]['tau']:.3g}: {flagged.double().mean():.0%}"
+        else:
+            gated, label = score > threshold_between(score.tolist(), round(share / 100 * n)), f"budget {share} %"
+        rates = gate_rates(gated, error)
+        rows.append([label, *(f"{value:.2f}" for value in rates.values())] +
+                    ([str(int((gain[gated] > 0).sum())), str(int((gain[gated] < 0).sum())), f"{100 * gain[gated].sum() / n:+.1f}"] if adapted else []))
+    text += ["", f"Is the gate ({gate}) useful? Adapted against: the direct answer is wrong", grid(rows)]
+    if adapted:
+        worth = gain_budget(score, gain)
+        low, high = interval(bootstrap(lambda s, g: {"Qini": gain_budget(s, g)["Qini"]}, score, gain)["Qini"])
+        fixes = gate_rates(flagged, gain > 0)
+        text.append(f"Against \"adapting fixes it\": TPR {fixes['TPR']:.2f}, FPR {fixes['FPR']:.2f}, precision {fixes['precision']:.2f}. "
+                    f"Qini {100 * worth['Qini']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] over a random gate. The ideal gate gains "
+                    f"{100 * worth['ideal']:.1f} points, the best tau {100 * worth['curve'].max():.1f}, this one {100 * gain.sum() / n:.1f}: "
+                    f"regret {100 * (worth['curve'].max() - gain.sum() / n):.1f} to the best tau, {100 * (worth['ideal'] - gain.sum() / n):.1f} "
+                    "to the ideal gate. What was certain was not adapted, so its gain counts as 0.")
+    return "\n".join(text)
+
+
+def plot(folder: Path, into: Path) -> list[Path]:
+    """Six pictures of a run as PNG files; ValueError without matplotlib."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    records = read_records(folder)
+    scores, error, gain = columns(records)
+    n, (l, gold, p), gate = len(records), first_choice(records), records[0]["gate"]
+    margins, tau = torch.tensor([r["margin"] for r in records], dtype=torch.float64), records[0]["tau"]
+    into.mkdir(parents=True, exist_ok=True)
+    made = []
+
+    @contextmanager
+    def picture(name, title, x, y):
+        figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+        axes.set(title=f"{title}\n{folder.name}, n = {n}", xlabel=x, ylabel=y)
+        yield axes
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+        made.append(into / f"{name}.png")
+        figure.savefig(made[-1], dpi=120)
+        plt.close(figure)
+    styles = ["-", "--", "-.", ":"]
+    if l:
+        with picture("reliability", "Is p(1) the probability of being right?", "mean p(1) of the bin", "share right") as axes:
+            axes.plot([0, 1], [0, 1], color="0.7", label="calibrated")
+            right = torch.tensor([float(row.argmax() == g) for row, g in zip(l, gold)])
+            for mark, label, q in (("o-", "as it is", p), ("s--", "temperature, cross-fitted", cross_fitted(l, gold))):
+                bins = reliability(q.double(), right)
+                axes.plot([b[1] for b in bins], [b[2] for b in bins], mark, color="0.0" if mark == "o-" else "0.45", label=label)
+                for count, mean, share in bins if mark == "o-" else []:
+                    axes.annotate(str(count), (mean, share), textcoords="offset points", xytext=(4, -10), fontsize=8)
+    if 0 < error.sum() < n:
+        with picture("risk_coverage", "Errors among the surest", "coverage", "risk (share of wrong answers)") as axes:
+            coverage, best = torch.arange(1, n + 1) / n, sorted(scores, key=lambda s: ranking(scores[s], error)["AURC"])
+            shown = dict.fromkeys([*best[:4], gate, "margin", "random"])
+            for name in best:
+                axes.plot(coverage, risk_coverage(scores[name], error), color="0.85", zorder=0)
+            for i, name in enumerate(name for name in shown if name in scores):
+                axes.plot(coverage, risk_coverage(scores[name], error), styles[i % 4], color=str(0.15 * i), label=name)
+            axes.plot(coverage, risk_coverage(error, error), color="0.0", linewidth=0.7, label="ideal")
+    with picture("margin", "The margin of right and wrong direct answers", "margin u", "samples") as axes:
+        axes.hist([margins[error == 0].tolist(), margins[error == 1].tolist()], bins=20, range=(0, 1), stacked=True, color=["0.8", "0.2"],
+                  edgecolor="0.0", label=["right", "wrong"])
+        if gate == "margin":
+            axes.axvline(tau, color="0.0", linestyle="--", label=f"tau = {tau:.3g}")
+    with picture("tau", "Accuracy and share adapted over tau", "tau", "share of the samples") as axes:
+        taus = torch.linspace(0, tau if gate == "margin" else 1, 101)
+        axes.plot(taus, [(gain[margins < t].sum() / n + 1 - error.mean()).item() for t in taus], "-", color="0.0", label="accuracy")
+        axes.plot(taus, [(margins < t).double().mean().item() for t in taus], "--", color="0.4", label="uncertain")
+    with picture("gain_budget", "What adapting the least sure gains", "share of the samples adapted", "gain in points") as axes:
+        share = torch.linspace(0, 100, n + 1)
+        axes.plot(share, 100 * gain_budget(scores[gate], gain)["curve"], "-", color="0.0", label=gate)
+        axes.plot(share, 100 * gain_budget(gain, gain)["curve"], "--", color="0.4", label="ideal gate")
+        axes.plot([0, 100], [0, 100 * gain.mean().item()], ":", color="0.4", label="random gate")
+        axes.set_xlabel("share of the samples adapted, %")
+    with picture("seconds", "Where the time goes", "seconds a sample, mean over those that have the stage", "") as axes:
+        stages = list(dict.fromkeys(stage for r in records for stage in r["seconds"]))
+        means = [sum(spent) / len(spent) for spent in ([r["seconds"][s] for r in records if s in r["seconds"]] for s in stages)]
+        axes.barh(stages[::-1], means[::-1], color="0.6", edgecolor="0.0")
+    return made
 
 
 # ---------------------------------------------------------------------------------------------- one sample's story
@@ -246,17 +401,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def story(record: dict, tau: float) -> str:
+def story(record: dict) -> str:
     """What happened to one sample, for the terminal: candidates, margin, pairs, losses, the answer before and after."""
     l = list(record["candidates"].values())
     weights = [math.exp(value - max(l)) for value in l]
     chances = sorted(zip((w / sum(weights) for w in weights), record["candidates"]), reverse=True)
     def verdict(part): return ("right  " if part["exact"] else "wrong  ") + f"{part['text']}" + \
         (f"   ({part['reason']})" if part["reason"] else "")
-    side = "below" if record["uncertain"] else "not below"
+    gate, tau = record["gate"], record["tau"]
+    decided = f"{record['margin']:.3f}" + (f", {'below' if record['uncertain'] else 'not below'} tau = {tau:.3g}" if gate == "margin" else
+                                           f"; {gate} {record['scores'].get(gate, math.nan):.3f}, "
+                                           f"{'above' if record['uncertain'] else 'not above'} tau = {tau:.3g}")
     rows = [("sample", f"{record['id']}: {record['outcome']}"), ("request", record["request"]),
             *(("" if i else "candidates", f"{p:6.1%} {'#' * round(30 * p):30} {name}") for i, (p, name) in enumerate(chances)),
-            ("margin", f"{record['margin']:.3f}, {side} tau = {tau}"),
+            ("margin", decided),
             *(("pair", f"{pair['request']}\n{calls_line(pair['calls'])}   ({pair['votes']} votes)") for pair in record["pairs"]),
             *(("rejected", f"{reject['reason']}: {reject['text']}") for reject in record["rejected"])]
     if record["losses"]:
@@ -274,6 +432,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of train.py")
     parser.add_argument("--sample", metavar="ID", help="tell the story of one sample of the run")
+    parser.add_argument("--uncertainty", action="store_true", help="compare the uncertainty scores of each run: which ranks the wrong "
+                        "answers first, is p(1) calibrated, what is the gate worth")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write six pictures of the run to this folder (of several runs: to folders in it); needs matplotlib")
     parser.add_argument("--verify", action="store_true", help="check the runs: a record for every sample, configuration and data "
                         "unchanged, every verdict as it would be given now, base weights the same before and after")
     args = parser.parse_args(argv)
@@ -283,6 +444,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             for folder, wrong in faults.items():
                 print("\n".join(printable(f"{folder}: {fault}") for fault in wrong or ["sound"]))
             return int(any(faults.values()))
+        if args.uncertainty:
+            print("\n\n".join(map(uncertainty_report, args.runs)))
+        if args.plot:
+            for folder in args.runs:
+                print(*plot(folder, args.plot if len(args.runs) == 1 else args.plot / folder.name), sep="\n")
+        if args.uncertainty or args.plot:
+            return 0
         if args.sample is None:
             print(table(args.runs))
             return 0
@@ -290,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             records = {record["id"]: record for record in read_records(folder)}
             if args.sample not in records:
                 raise ValueError(f"{folder} has no sample {args.sample!r}; it has {', '.join(list(records)[:3]) or 'none'}, ...")
-            print(story(records[args.sample], read_json(folder / "config.json")["tau"]))
+            print(story(records[args.sample]))
         return 0
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {printable(str(error))}", file=sys.stderr)

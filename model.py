@@ -510,11 +510,12 @@ def seeded(*key: str | int) -> torch.Generator:
 @torch.no_grad()
 def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int], max_new_tokens: int = 256,
              cache: KVCache | None = None, temperature: float = 0.0, top_p: float = 1.0,
-             generators: Sequence[torch.Generator] | None = None) -> list[list[int]]:
+             generators: Sequence[torch.Generator] | None = None, seen: list[torch.Tensor] | None = None) -> list[list[int]]:
     """New token ids for each of B prompts, the end token left out; rows leave the batch when they end.
 
     prompts: what follows `cache`, at least one token a row; a cache of one row serves all. temperature 0 is greedy;
-    else each row draws from its own generator, so that its text does not depend on its neighbours.
+    else each row draws from its own generator, so that its text does not depend on its neighbours. seen: a list that
+    gets the logits (rows, V) that each step chooses from, the end's included.
     """
     rows = list(range(len(prompts)))
     texts: list[list[int]] = [[] for _ in rows]
@@ -526,6 +527,8 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int]
         cache, last = cache.fork(len(rows)), last.expand(len(rows), -1)
     for step in range(max_new_tokens):
         logits = model.logits(last)
+        if seen is not None:
+            seen.append(logits)
         tokens = logits.argmax(-1).tolist() if temperature == 0 else \
             [sample_token(logits[i], temperature, top_p, generators[row]) for i, row in enumerate(rows)]
         going = [i for i, token in enumerate(tokens) if token not in eos]

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -33,9 +33,11 @@ import data
 import evaluate
 from augment import request_text, synthesize, with_request
 from data import Sample, call_prompt, call_text
+from data.calls import calls_key, parse_calls
 from lora import TARGETS, Params, adapters, new_params, targeted
 from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, seeded
-from uncertainty import score_candidates, softmax_difference
+from uncertainty import ORDERS, SAMPLES, SCORES, Evidence, answer_parts, choose_scores, entropy_of, name_lengths, otsu, score_candidates, \
+    softmax_difference, threshold_between
 
 TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
@@ -58,7 +60,14 @@ class Config:
                          choices=("base", "ttsi"))
     seed: int = option(0, "seeds every draw, together with the sample's id", "what to run")
     limit: int = option(0, "only the first N samples (0: all)", "what to run")
-    tau: float = option(0.95, "uncertain where the softmax difference is below tau, in [0, 1]", "H, uncertainty")
+    tau: float | str = option(0.95, "uncertain where the softmax difference is below tau, in [0, 1] (with another --gate-score: "
+                              "where the score is above tau); auto: chosen without labels (Otsu's rule)", "H, uncertainty",
+                              type=lambda text: text if text == "auto" else float(text))
+    budget: float = option(0.0, "choose tau, without labels, so that this share of the samples is uncertain, in (0, 1]",
+                           "H, uncertainty")
+    gate_score: str = option("margin", "the score that decides (1 - the softmax difference is 'margin')", "H, uncertainty",
+                             choices=tuple(SCORES), metavar="NAME")
+    scores: str = option("cheap", "the scores to record: cheap (no pass more), all, or names with commas", "H, uncertainty")
     k: int = option(1, "synthetic pairs for each uncertain sample", "G, synthetic pairs")
     pair: str = option("request", "joint (paper): request and call in one go; request (ours): the request, then the majority "
                        "of sampled calls that fit the schema", "G, synthetic pairs", choices=("joint", "request"))
@@ -83,8 +92,11 @@ class Config:
     overwrite: bool = option(False, "start anew in a run folder that exists", "answers and run folder")
 
     def __post_init__(self):
+        choose_scores(self.scores)
         for name, holds, allowed in (
-                ("tau", 0 <= self.tau <= 1, "in [0, 1]"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+                ("tau", self.tau == "auto" or (0 <= self.tau <= 1 if self.gate_score == "margin" else math.isfinite(self.tau)),
+                 "auto, or in [0, 1] for the margin"), ("budget", 0 <= self.budget <= 1 and not (self.budget and self.tau == "auto"),
+                 "in (0, 1], and not with --tau auto"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
                 ("warmup", 0 <= self.warmup < 1, "in [0, 1)"), ("temperature", self.temperature >= 0, "0 or more"),
                 ("lr", 0 <= self.lr < math.inf, "0 (the default) or more"), ("alpha", 0 < self.alpha < math.inf, "above 0"),
                 ("limit", self.limit >= 0, "0 or more"),
@@ -103,6 +115,9 @@ class Record:
     request: str = ""
     margin: float = math.nan                                    # u(x), the softmax difference
     uncertain: bool = False
+    gate: str = "margin"                                        # the score that decided ...
+    tau: float = math.nan                                       # ... and the threshold
+    scores: dict[str, float] = field(default_factory=dict)      # uncertainty score -> value, higher = less sure
     candidates: dict[str, float] = field(default_factory=dict)  # tool name -> l_n, nats
     outcome: str = "certain"                                    # certain | direct | adapted | no pair | non-finite | out of memory
     base: dict = field(default_factory=dict)                    # the direct answer: text, exact, reason, ...
@@ -173,32 +188,73 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def answer(agent: Agent, prompt: list[int], config: Config, cache: KVCache | None = None) -> tuple[dict, int]:
+def answer(agent: Agent, prompt: list[int], config: Config, cache: KVCache | None = None,
+           seen: list[torch.Tensor] | None = None) -> tuple[dict, int]:
     """Greedy decoding of the answer to a prompt, which continues `cache`; also how many tokens it has."""
-    ids = generate(agent.model, [prompt], agent.tokenizer.eos, config.max_new_tokens, cache)[0]
+    ids = generate(agent.model, [prompt], agent.tokenizer.eos, config.max_new_tokens, cache, seen=seen)[0]
     return {"text": agent.tokenizer.decode(ids)}, len(ids)
 
 
-def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
-    """Algorithm 1 for one test sample (without its answers); the base weights are the same bits before and after."""
+def assess(agent: Agent, sample: Sample, config: Config) -> Record:
+    """H and the direct answer, for one test sample without its answers: how sure is the model?"""
     model, tokenizer = agent.model, agent.tokenizer
-    record = Record(sample.id, request_text(sample))
+    record = Record(sample.id, request_text(sample), gate=config.gate_score)
     head, rest = tokenizer.split_chat(call_prompt(sample))              # head: system text and tools; rest: the request
-    with record.stage("prefill"):                                       #     x_i is read once, with theta_0, for all that follows
+    names, seen = [tool["name"] for tool in sample.tools], []
+    with record.stage("prefill"):                                       # x_i is read once, with theta_0, for all that follows
         record.tokens["prefill"] = len(head) + len(rest)
-        prefix = agent.prefixes.read(head)
-        cache = prefix.fork()
+        cache = agent.prefixes.read(head)
         with torch.no_grad():
             model(torch.tensor([rest[:-1]], device=model.device), cache)
     with record.stage("score"):
-        names = [tool["name"] for tool in sample.tools]
-        scores = score_candidates(model, tokenizer, cache, rest[-1:], names)                  # l.2  l_n, (N,) nats
-        record.candidates = dict(zip(names, scores.tolist()))
-        record.margin = softmax_difference(scores)                                            # l.3  u(x_i)
-        record.uncertain = record.margin < config.tau
-    with record.stage("base"):                                          #     always there, so that a run shows before and after
-        record.base, record.tokens["base"] = answer(agent, rest[-1:], config, cache)
+        l = score_candidates(model, tokenizer, cache, rest[-1:], names)                       # l.2  l_n, (N,) nats
+        record.candidates = dict(zip(names, l.tolist()))
+        record.margin = softmax_difference(l)                                                 # l.3  u(x_i)
+    with record.stage("base"):                                          # always there, so that a run shows before and after
+        record.base, record.tokens["base"] = answer(agent, rest[-1:], config, cache, seen)
     record.answer = dict(record.base)
+    with record.stage("scores"):                                        # the rivals of u
+        wanted = dict.fromkeys((*choose_scores(config.scores), config.gate_score))
+        needs = {SCORES[name].needs for name in wanted}
+        orders = shuffled_orders(agent, sample, config, rest, l) if "orders" in needs else None
+        meanings = sampled_meanings(agent, sample, config, rest, cache) if "samples" in needs else ()
+        log_p = torch.cat(seen).float().log_softmax(-1)
+        evidence = Evidence(sample.id, len(head) + len(rest), l, name_lengths(tokenizer, names), -log_p.max(-1).values.cpu(),
+                            entropy_of(log_p.exp()).cpu(), answer_parts(tokenizer, log_p.argmax(-1).tolist()), orders, meanings)
+        record.scores = {name: SCORES[name].value(evidence) for name in wanted}
+    return record
+
+
+def shuffled_orders(agent: Agent, sample: Sample, config: Config, rest: list[int], l: torch.Tensor) -> torch.Tensor:
+    """l_n under ORDERS orders of the tools, the sample's own first; (ORDERS, N) nats. Equal tool lists are shuffled alike."""
+    rows = [l]
+    for m in range(1, ORDERS):
+        order = torch.randperm(len(l), generator=seeded(config.seed, "order", m)).tolist()
+        tools = tuple(sample.tools[i] for i in order)
+        cache = agent.prefixes.read(agent.tokenizer.split_chat(call_prompt(replace(sample, tools=tools)))[0])
+        row = score_candidates(agent.model, agent.tokenizer, cache, rest, [tool["name"] for tool in tools])
+        rows.append(row[torch.tensor(order).argsort()])
+    return torch.stack(rows)
+
+
+def sampled_meanings(agent: Agent, sample: Sample, config: Config, rest: list[int], cache: KVCache) -> list[tuple]:
+    """What SAMPLES sampled answers mean: the same key for the same calls."""
+    generators = [seeded(config.seed, sample.id, "sample", i) for i in range(SAMPLES)]
+    rows = generate(agent.model, [rest[-1:]] * SAMPLES, agent.tokenizer.eos, config.max_new_tokens, cache, config.temperature,
+                    config.top_p, generators)
+    return [calls_key(parse_calls(agent.tokenizer.decode(ids)).calls, sample.tools) for ids in rows]
+
+
+def self_improve(agent: Agent, sample: Sample, config: Config, record: Record | None = None) -> Record:
+    """Algorithm 1 for one test sample (without its answers); the base weights are the same bits before and after.
+
+    record: what `assess` gave for the sample, where that is known.
+    """
+    model, tokenizer = agent.model, agent.tokenizer
+    record = record or assess(agent, sample, config)                                          # l.2-3  H: u(x_i)
+    record.tau = config.tau
+    record.uncertain = record.margin < config.tau if config.gate_score == "margin" else \
+        not record.scores[config.gate_score] <= config.tau              #     where a score is not defined, nothing is sure
     if not record.uncertain or config.method == "base":                                       # l.4  sure enough: answer as is
         record.outcome = "direct" if record.uncertain else "certain"
         return record
@@ -209,10 +265,13 @@ def self_improve(agent: Agent, sample: Sample, config: Config) -> Record:
     if not pairs:
         record.outcome = "no pair"                                      #     nothing to learn from: the direct answer stands
         return record
+    head, rest = tokenizer.split_chat(call_prompt(sample))
     examples = [(tokenizer.split_chat(call_prompt(with_request(sample, pair.request)))[1],
                  [*tokenizer.encode(pair.text), tokenizer.im_end]) for pair in pairs]
     if config.adapt == "full":                                          #     the adapter acts on the tools' text, too
         examples, prefix, rest = [(head + prompt, target) for prompt, target in examples], None, head + rest
+    else:
+        prefix = agent.prefixes.read(head)
     params = new_params(model, config.rank, [seeded(config.seed, sample.id, "lora")], config.targets.split(","))
     with adapters(model, params, config.alpha):                                               # l.6  theta' = theta_0 + BA
         try:
@@ -255,12 +314,13 @@ def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
     What a kill may have left is mended: a torn last line is cut off, and records of other ranks move to records.jsonl.
     """
     if config.overwrite:
-        for old in (folder / "config.json", folder / "facts.json", folder / "summary.json", *evaluate.record_files(folder)):
-            old.unlink(missing_ok=True)
+        for old in (*folder.glob("*.json"), *folder.glob("*.jsonl")):
+            old.unlink()
+    free = FREE[1:] if config.budget or config.tau == "auto" else FREE         # there, tau depends on which samples there are
     if (folder / "config.json").is_file():
         before = evaluate.read_json(folder / "config.json")
         other = [f"{name} is {before.get(name)!r} there, {value!r} now" for name, value in asdict(config).items()
-                 if name not in FREE and before.get(name) != value]
+                 if name not in free and before.get(name) != value]
         then = evaluate.read_json(folder / "facts.json") if (folder / "facts.json").is_file() else now
         other += [f"the {name} are others" for name in ("data", "weights") if then[name] != now[name]]
         if other:
@@ -273,7 +333,7 @@ def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
     write_json(folder / "config.json", asdict(config))
     write_json(folder / "facts.json", {"config": evaluate.digest_file(folder / "config.json"), **now})
     append(folder / "records.jsonl", b"")
-    for path in evaluate.record_files(folder):
+    for path in folder.glob("*.jsonl"):
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole != len(content):                       # the process was killed in the middle of its last write
@@ -336,21 +396,41 @@ def wait_for_all(world: int) -> None:
         raise KeyboardInterrupt from error
 
 
+def choose_tau(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int, world: int) -> tuple[Config, dict]:
+    """For --budget and --tau auto: H over all samples, then tau from its scores. Gives the config with that tau, and the
+    record of each sample so far; they are kept in assessed-<rank>.jsonl, so that nothing of H is computed twice."""
+    def assessed(): return {line["id"]: line for path in sorted(folder.glob("assessed-*.jsonl")) for line in map(json.loads, path.open())}
+    if config.tau != "auto" and not config.budget:
+        return config, {}
+    share = [sample for sample in samples if sample.id not in assessed()][rank::world]
+    for sample in tqdm(share, unit="sample", desc="tau", dynamic_ncols=True, disable=rank > 0):
+        line = asdict(assess(agent, sample.without_answers(), config))
+        append(folder / f"assessed-{rank}.jsonl", (json.dumps(line) + "\n").encode())
+    wait_for_all(world)
+    records = assessed()
+    values = [records[sample.id]["scores"][config.gate_score] for sample in samples]
+    threshold = threshold_between(values, round(config.budget * len(values))) if config.budget else otsu(values)
+    tau = min(1.0, max(0.0, 1 - threshold)) if config.gate_score == "margin" else threshold
+    return replace(config, tau=tau, budget=0.0), records
+
+
 def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int = 0, world: int = 1) -> None:
     """Algorithm 1 over this rank's share of the samples that have no record yet, a line each in its own file."""
     records = {record["id"]: record for record in evaluate.read_records(folder)}
     path = folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
+    config, assessed = choose_tau(agent, samples, config, folder, rank, world)
     share = [sample for sample in samples if sample.id not in records][rank::world]
     bar = tqdm(share, initial=len(records), total=len(records) + len(share), unit="sample", dynamic_ncols=True, disable=rank > 0)
     for sample in bar:
-        record = self_improve(agent, sample.without_answers(), config)
+        known = Record(**assessed[sample.id]) if sample.id in assessed else None
+        record = self_improve(agent, sample.without_answers(), config, known)
         for part in (record.base, record.answer):
             part.update(asdict(evaluate.exact_match(part["text"], sample)))
         record.gold, record.reachable = call_text(sample.answers), evaluate.reachable(sample)
         records[sample.id] = asdict(record)
         append(path, (json.dumps(records[sample.id]) + "\n").encode())
         if config.verbose:
-            bar.write(evaluate.story(records[sample.id], config.tau) + "\n")
+            bar.write(evaluate.story(records[sample.id]) + "\n")
         now = evaluate.summarise(list(records.values()))
         bar.set_postfix_str(f"base {now['base_accuracy']:.1%} now {now['accuracy']:.1%} adapted {now['adapted'] / now['n']:.0%}")
 
@@ -370,8 +450,8 @@ def parse_args(argv: Sequence[str] | None) -> Config:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
             choices = f.metadata.get("choices")
-            group.add_argument(flag, type=type(f.default), default=f.default, choices=choices, help=text,
-                               metavar=None if choices else f.name.upper())
+            group.add_argument(flag, type=f.metadata.get("type", type(f.default)), default=f.default, choices=choices, help=text,
+                               metavar=f.metadata.get("metavar", None if choices else f.name.upper()))
     return Config(**vars(parser.parse_args(argv)))
 
 

@@ -14,7 +14,8 @@ def part(exact: bool, text: str = "text", reason: str = "wrong name: f for g") -
 
 
 def record(id: str, base: bool, answer: bool, outcome: str = "adapted", margin: float = 0.5) -> dict:
-    return {"id": id, "request": "What?", "margin": margin, "uncertain": outcome != "certain", "candidates": {"f": -0.5, "g": -2.5},
+    return {"id": id, "request": "What?", "margin": margin, "uncertain": outcome != "certain", "gate": "margin", "tau": 0.95,
+            "scores": {"margin": 1 - margin}, "candidates": {"f": -0.5, "g": -2.5},
             "outcome": outcome, "base": part(base), "answer": part(answer), "gold": "gold", "reachable": True, "tokens": {},
             "pairs": [{"request": "Why?", "calls": [{"name": "f", "arguments": {"x": 1}}], "text": "f(x=1)", "votes": 3}],
             "rejected": [{"text": "bad", "reason": "unknown argument: y"}], "losses": [0.5, 0.25], "seconds": {"score": 1.0, "base": 0.5}}
