@@ -218,7 +218,8 @@ def table(folders: Sequence[Path]) -> str:
     """One line a run, under it what may be compared with it; accuracies in percent, by the `exact` rule."""
     rows, notes = [[name for name, _ in COLUMNS]], []
     for folder in folders:
-        config, summary = read_json(folder / "config.json"), summarise(read_records(folder))
+        config, records = read_json(folder / "config.json"), read_records(folder)
+        summary = summarise(records)
         if summary["n"] == 0:
             notes.append(f"{folder}: no finished sample yet")
             continue
@@ -234,6 +235,8 @@ def table(folders: Sequence[Path]) -> str:
         elif config.get("bench") in PAPER_GAIN and not Path(config.get("data", "")).is_file():
             notes.append(f"{folder.name}: the paper, with Qwen2.5-1.5B-Instruct and 5 seeds: gain +{PAPER_GAIN[config['bench']]:.2f}"
                          + (f" ({PAPER_SEALTOOL})" if config["bench"] == "sealtool" else ""))
+        if config.get("tau") == "auto" or config.get("budget"):
+            notes.append(f"{folder.name}: {chosen_tau(records)}")
         if summary["non_finite"]:
             notes.append(f"{folder.name}: {summary['non_finite']} adaptations were not finite and were dropped")
         if summary["out_of_memory"]:
@@ -263,6 +266,13 @@ def first_choice(records: Sequence[dict]) -> tuple[list[torch.Tensor], list[int 
             l.append(torch.tensor(list(record["candidates"].values()), dtype=torch.float64))
             gold.append(next((i for i, name in enumerate(record["candidates"]) if name == calls[0].name), None))
     return l, gold, torch.stack([row.softmax(-1).max() for row in l]) if l else torch.zeros(0)
+
+
+def chosen_tau(records: Sequence[dict]) -> str:
+    """The tau that was chosen without labels, and what it loses to the best of those that adapt no more than it does."""
+    scores, _, gain = columns(records)
+    best, now = gain_budget(scores[records[0]["gate"]], gain)["curve"].max().item(), gain.mean().item()
+    return f"tau = {records[0]['tau']:.3g}, chosen without labels; regret to the best tau in hindsight: {100 * (best - now):.1f} points"
 
 
 def grid(rows: Sequence[Sequence[str]]) -> str:
@@ -329,7 +339,7 @@ def uncertainty_report(folder: Path) -> str:
 
 
 def plot(folder: Path, into: Path) -> list[Path]:
-    """Six pictures of a run as PNG files; ValueError without matplotlib."""
+    """Pictures of a run as PNG files, those that it has the samples for; ValueError without matplotlib."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -337,6 +347,8 @@ def plot(folder: Path, into: Path) -> list[Path]:
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
     records = read_records(folder)
+    if not records:
+        raise ValueError(f"{folder}: no finished sample yet")
     scores, error, gain = columns(records)
     n, (l, gold, p), gate = len(records), first_choice(records), records[0]["gate"]
     margins, tau = torch.tensor([r["margin"] for r in records], dtype=torch.float64), records[0]["tau"]
@@ -381,12 +393,11 @@ def plot(folder: Path, into: Path) -> list[Path]:
         taus = torch.linspace(0, tau if gate == "margin" else 1, 101)
         axes.plot(taus, [(gain[margins < t].sum() / n + 1 - error.mean()).item() for t in taus], "-", color="0.0", label="accuracy")
         axes.plot(taus, [(margins < t).double().mean().item() for t in taus], "--", color="0.4", label="uncertain")
-    with picture("gain_budget", "What adapting the least sure gains", "share of the samples adapted", "gain in points") as axes:
+    with picture("gain_budget", "What adapting the least sure gains", "share of the samples adapted, %", "gain in points") as axes:
         share = torch.linspace(0, 100, n + 1)
         axes.plot(share, 100 * gain_budget(scores[gate], gain)["curve"], "-", color="0.0", label=gate)
         axes.plot(share, 100 * gain_budget(gain, gain)["curve"], "--", color="0.4", label="ideal gate")
         axes.plot([0, 100], [0, 100 * gain.mean().item()], ":", color="0.4", label="random gate")
-        axes.set_xlabel("share of the samples adapted, %")
     with picture("seconds", "Where the time goes", "seconds a sample, mean over those that have the stage", "") as axes:
         stages = list(dict.fromkeys(stage for r in records for stage in r["seconds"]))
         means = [sum(spent) / len(spent) for spent in ([r["seconds"][s] for r in records if s in r["seconds"]] for s in stages)]
@@ -434,7 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", metavar="ID", help="tell the story of one sample of the run")
     parser.add_argument("--uncertainty", action="store_true", help="compare the uncertainty scores of each run: which ranks the wrong "
                         "answers first, is p(1) calibrated, what is the gate worth")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write six pictures of the run to this folder (of several runs: to folders in it); needs matplotlib")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures of the run to this folder (of several runs: to folders in it); needs matplotlib")
     parser.add_argument("--verify", action="store_true", help="check the runs: a record for every sample, configuration and data "
                         "unchanged, every verdict as it would be given now, base weights the same before and after")
     args = parser.parse_args(argv)
