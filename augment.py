@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from data import Sample, call_prompt, system_message
 from data.calls import Call, calls_key, check_call, parse_calls
-from model import PrefixCaches, Qwen2, Tokenizer, generate, seeded
+from model import KVCache, PrefixCaches, Qwen2, Tokenizer, generate, seeded
 
 # What is asked in the user turn, behind the tools, so that the tools' KV cache serves here as well.
 ASK_REQUEST = ("Write two requests that a user may make of these tools. Both need the same tool, but the second is about other "
@@ -102,43 +104,66 @@ def majority(texts: Sequence[str], sample: Sample) -> tuple[str, int, Counter]:
     return first[key], count, reasons
 
 
-def synthesize(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, sample: Sample, k: int = 1, mode: str = "request",
-               temperature: float = 0.7, top_p: float = 0.95, seed: int = 0) -> tuple[list[Pair], list[Rejected]]:
-    """Up to k pairs (x', y') written by the model itself, and the tries that failed; at most TRIES tries a pair.
+def sample_texts(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, prompts: Sequence[tuple[list[int], list[int]]],
+                 limit: int, temperature: float, top_p: float, keys: Sequence[Sequence[tuple]]) -> list[list[str]]:
+    """For each prompt (head, rest) one sampled text for each of its keys, all in one batch; a prompt is read once."""
+    caches, last, generators = [], [], []
+    for (head, rest), own in zip(prompts, keys):
+        cache = prefixes.read(head)
+        with torch.no_grad():
+            model(torch.tensor([rest[:-1]], device=model.device), cache)
+        caches += [cache] * len(own)
+        last += [rest[-1:]] * len(own)
+        generators += [seeded(*key) for key in own]
+    texts = iter(generate(model, last, tokenizer.eos, limit, KVCache.stack(caches), temperature, top_p, generators))
+    return [[tokenizer.decode(next(texts)) for _ in own] for own in keys]
+
+
+def synthesize(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, samples: Sequence[Sample], k: int = 1,
+               mode: str = "request", temperature: float = 0.7, top_p: float = 0.95,
+               seed: int = 0) -> list[tuple[list[Pair], list[Rejected]]]:
+    """For each sample up to k pairs (x', y') written by the model itself, and the tries that failed; at most TRIES tries a pair.
 
     mode "joint" (the paper's way) writes request and calls in one go. mode "request" writes the request, then samples
     its calls LABELS times and keeps the majority of those that pass the schema check.
     """
-    head, ask = tokenizer.split_chat(pair_prompt(sample, mode))
-    seed_request = request_text(sample)
-    ask += tokenizer.encode(PAIR_START.format(request=seed_request))
-    pairs, rejected = [], []
+    found: list[tuple[list[Pair], list[Rejected]]] = [([], []) for _ in samples]
+    def write(prompts, limit, keys): return sample_texts(model, tokenizer, prefixes, prompts, limit, temperature, top_p, keys)
     for attempt in range(TRIES * k):
-        if len(pairs) == k:
+        todo = [i for i, (pairs, _) in enumerate(found) if len(pairs) < k]
+        if not todo:
             break
+        prompts = []
+        for i in todo:
+            head, ask = tokenizer.split_chat(pair_prompt(samples[i], mode))
+            prompts.append((head, ask + tokenizer.encode(PAIR_START.format(request=request_text(samples[i])))))
         limit = MAX_REQUEST_TOKENS + (MAX_CALL_TOKENS if mode == "joint" else 0)
-        written = tokenizer.decode(generate(model, [ask], tokenizer.eos, limit, prefixes.read(head), temperature, top_p,
-                                            [seeded(seed, sample.id, "pair", attempt)])[0])
-        line, _, rest = written.strip().partition("\n")
-        request = line.strip().removesuffix('"').strip()
-        reason = check_request(request, seed_request)
-        if not reason and any(request == pair.request for pair in pairs):
-            reason = "copy of an earlier pair"
-        if not reason and mode == "joint":
-            text, votes = rest.strip(), 1
-            reason = check_calls(parse_calls(text).calls, sample)
-        elif not reason:
-            head, prompt = tokenizer.split_chat(call_prompt(with_request(sample, request)))
-            generators = [seeded(seed, sample.id, "label", attempt, i) for i in range(LABELS)]
-            texts = generate(model, [prompt] * LABELS, tokenizer.eos, MAX_CALL_TOKENS, prefixes.read(head), temperature, top_p,
-                             generators)
-            texts = [tokenizer.decode(ids) for ids in texts]
-            text, votes, reasons = majority(texts, sample)
-            if not text:
-                reason = reasons.most_common(1)[0][0]
-                written += "\n" + texts[0]
-        if reason:
-            rejected.append(Rejected(written, reason))
-        else:
-            pairs.append(Pair(request, parse_calls(text).calls, text.strip(), votes))
-    return pairs, rejected
+        written = [texts[0] for texts in write(prompts, limit, [[(seed, samples[i].id, "pair", attempt)] for i in todo])]
+        drafts = []                                     # (sample, request, what follows it, all that was written)
+        for i, text in zip(todo, written):
+            line, _, rest = text.strip().partition("\n")
+            request = line.strip().removesuffix('"').strip()
+            reason = check_request(request, request_text(samples[i]))
+            if not reason and any(request == pair.request for pair in found[i][0]):
+                reason = "copy of an earlier pair"
+            if reason:
+                found[i][1].append(Rejected(text, reason))
+            else:
+                drafts.append((i, request, rest.strip(), text))
+        labels = [[]] * len(drafts)
+        if mode == "request" and drafts:
+            prompts = [tokenizer.split_chat(call_prompt(with_request(samples[i], request))) for i, request, _, _ in drafts]
+            labels = write(prompts, MAX_CALL_TOKENS, [[(seed, samples[i].id, "label", attempt, j) for j in range(LABELS)]
+                                                      for i, _, _, _ in drafts])
+        for (i, request, text, whole), texts in zip(drafts, labels):
+            if mode == "joint":
+                votes, reason = 1, check_calls(parse_calls(text).calls, samples[i])
+            else:
+                text, votes, reasons = majority(texts, samples[i])
+                reason = "" if text else reasons.most_common(1)[0][0]
+                whole += "\n" + texts[0]
+            if reason:
+                found[i][1].append(Rejected(whole, reason))
+            else:
+                found[i][0].append(Pair(request, parse_calls(text).calls, text.strip(), votes))
+    return found

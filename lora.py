@@ -76,6 +76,13 @@ def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[to
             setattr(parent, last, layer)
 
 
+def keep_rows(model: nn.Module, rows: Sequence[int]) -> None:
+    """Within `adapters`: go on with these rows of the batch only, as `generate` does when others have ended."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.A, module.B = module.A[list(rows)], module.B[list(rows)]
+
+
 def merge(layer: nn.Linear, A: torch.Tensor, B: torch.Tensor, alpha: float) -> torch.Tensor:
     """W + (alpha / r) B A as a new (out, in) tensor, for export; the layer itself stays as it is. A: (R, in), B: (out, R)."""
     return (layer.weight.float() + alpha / A.shape[0] * B @ A).to(layer.weight.dtype)

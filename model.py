@@ -11,7 +11,7 @@ Shapes, in all files and tests:
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -105,6 +105,18 @@ class KVCache:
         other = KVCache(len(self.keys))
         other.keys, other.values = [pick(t) for t in self.keys], [pick(t) for t in self.values]
         other.valid, other.holes = pick(self.valid), self.holes
+        return other
+
+    @staticmethod
+    def stack(caches: Sequence["KVCache"]) -> "KVCache":
+        """One cache with the rows of all; the shorter ones get holes in front, so that all end at the same slot."""
+        longest = max(cache.length for cache in caches)
+        def join(tensors, dim):             # pads `dim` (from behind) in front, with zeros or False
+            return torch.cat([F.pad(t, [0, 0] * (dim - 1) + [longest - t.shape[-dim], 0]) for t in tensors])
+        other = KVCache(len(caches[0].keys))
+        other.keys, other.values = ([join(layer, 2) for layer in zip(*(getattr(c, name) for c in caches))] for name in ("keys", "values"))
+        other.valid = join([cache.valid for cache in caches], 1)
+        other.holes = any(cache.holes or cache.length < longest for cache in caches)
         return other
 
 
@@ -510,25 +522,24 @@ def seeded(*key: str | int) -> torch.Generator:
 @torch.no_grad()
 def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int], max_new_tokens: int = 256,
              cache: KVCache | None = None, temperature: float = 0.0, top_p: float = 1.0,
-             generators: Sequence[torch.Generator] | None = None, seen: list[torch.Tensor] | None = None) -> list[list[int]]:
+             generators: Sequence[torch.Generator] | None = None, watch: Callable[[list[int], torch.Tensor], None] | None = None,
+             keep: Callable[[list[int]], None] | None = None) -> list[list[int]]:
     """New token ids for each of B prompts, the end token left out; rows leave the batch when they end.
 
     prompts: what follows `cache`, at least one token a row; a cache of one row serves all. temperature 0 is greedy;
-    else each row draws from its own generator, so that its text does not depend on its neighbours. seen: a list that
-    gets the logits (rows, V) that each step chooses from, the end's included.
+    else each row draws from its own generator, so that its text does not depend on its neighbours. watch(rows, logits)
+    sees the (R, V) logits that each step chooses from, for the rows still there; keep(places) is told, when rows leave,
+    which of those that were there stay.
     """
     rows = list(range(len(prompts)))
     texts: list[list[int]] = [[] for _ in rows]
-    same = all(prompt == prompts[0] for prompt in prompts) and (cache is None or cache.valid.shape[0] == 1)
-    ids, valid = pad(prompts[:1] if same else prompts, model.device)             # one prompt for all rows is read once
+    ids, valid = pad(prompts, model.device)
     cache = model.new_cache() if cache is None else cache.fork(len(ids) if cache.valid.shape[0] == 1 else None)
-    last = model(ids, cache, valid)[torch.arange(len(ids)), [len(prompt) - 1 for prompt in prompts[:len(ids)]]]
-    if same and len(rows) > 1:
-        cache, last = cache.fork(len(rows)), last.expand(len(rows), -1)
+    last = model(ids, cache, valid)[torch.arange(len(ids)), [len(prompt) - 1 for prompt in prompts]]
     for step in range(max_new_tokens):
         logits = model.logits(last)
-        if seen is not None:
-            seen.append(logits)
+        if watch:
+            watch(rows, logits)
         tokens = logits.argmax(-1).tolist() if temperature == 0 else \
             [sample_token(logits[i], temperature, top_p, generators[row]) for i, row in enumerate(rows)]
         going = [i for i, token in enumerate(tokens) if token not in eos]
@@ -538,5 +549,7 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int]
             break
         if len(going) < len(rows):
             cache, rows = cache.fork(going), [rows[i] for i in going]
+            if keep:
+                keep(going)
         last = model(torch.tensor([[tokens[i]] for i in going], device=model.device), cache)[:, 0]
     return texts

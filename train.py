@@ -34,13 +34,16 @@ import evaluate
 from augment import request_text, synthesize, with_request
 from data import Sample, call_prompt, call_text
 from data.calls import calls_key, parse_calls
-from lora import TARGETS, Params, adapters, new_params, targeted
-from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, seeded
+from lora import TARGETS, Params, adapters, keep_rows, new_params, targeted
+from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, pad, seeded
 from uncertainty import ORDERS, SAMPLES, SCORES, Evidence, answer_parts, choose_scores, entropy_of, name_lengths, otsu, score_candidates, \
     softmax_difference, threshold_between
 
 TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
+
+
+BATCH_TOKENS = 1 << 15  # of the prompts that are adapted to together on a GPU
 
 
 def option(default, text: str, group: str, **more):
@@ -82,6 +85,8 @@ class Config:
     lr: float = option(0.0, "peak learning rate of AdamW (default: 1e-4, the paper's; 2e-3 for the tiny model)",
                        "T, test-time fine-tuning")
     warmup: float = option(0.03, "share of the steps that warm up", "T, test-time fine-tuning")
+    batch: int = option(0, "samples adapted together, each with its own adapter (0: 1 on a CPU, on a GPU as many as fit "
+                        f"{BATCH_TOKENS} prompt tokens); changes no result", "answers and run folder")
     max_new_tokens: int = option(256, "longest answer, in tokens", "answers and run folder")
     out: str = option("", "run folder (default: runs/<bench>-<model>-<method>-s<seed>)", "answers and run folder")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", "answers and run folder")
@@ -99,13 +104,13 @@ class Config:
                  "in (0, 1], and not with --tau auto"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
                 ("warmup", 0 <= self.warmup < 1, "in [0, 1)"), ("temperature", self.temperature >= 0, "0 or more"),
                 ("lr", 0 <= self.lr < math.inf, "0 (the default) or more"), ("alpha", 0 < self.alpha < math.inf, "above 0"),
-                ("limit", self.limit >= 0, "0 or more"),
+                ("limit", self.limit >= 0, "0 or more"), ("batch", self.batch >= 0, "0 or more"),
                 *((name, getattr(self, name) >= 1, "1 or more") for name in ("k", "rank", "epochs", "max_new_tokens"))):
             if not holds:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
 
 
-FREE = ("limit", "out", "device", "offline", "verbose", "overwrite")     # may differ when a run goes on
+FREE = ("limit", "batch", "out", "device", "offline", "verbose", "overwrite")     # may differ when a run goes on
 
 
 @dataclass
@@ -130,16 +135,16 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)     # stage -> s
     tokens: dict[str, int] = field(default_factory=dict)        # stage -> tokens read (prefill, train) or written (base, answer)
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside to seconds[name]."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
+
+@contextmanager
+def stage(records: Sequence[Record], name: str) -> Iterator[None]:
+    """Add the seconds spent inside, shared evenly, to each record's seconds[name]."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    for record in records:
+        record.seconds[name] = round(record.seconds.get(name, 0.0) + (time.perf_counter() - start) / len(records), 4)
 
 
 @dataclass(frozen=True)
@@ -150,31 +155,47 @@ class Agent:
     prefixes: PrefixCaches
 
 
-def fine_tune(agent: Agent, examples: Sequence[tuple[list[int], list[int]]], params: Params, config: Config,
-              prefix: KVCache | None = None) -> list[float]:
-    """T: train the adapters that are on the model; the loss of each step, in nats a token.
+Example = tuple[list[int], list[int]]       # prompt ids, answer ids; the loss is on the answer's
 
-    examples: (prompt ids, answer ids), the loss is on the answer's. prefix: what the prompts continue, read with the
-    base weights (--adapt suffix), or None (full). Raises FloatingPointError on a loss or gradient that is not finite.
+
+def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Params, config: Config,
+              prefix: KVCache | None = None) -> list[list[float]]:
+    """T: train the B adapters that are on the model, each on its own examples, as B independent problems in one pass:
+    own loss, own gradient norm, own AdamW and schedule. Gives the loss of each step of each row, nats a token.
+
+    prefix: what the rows' prompts continue, read with the base weights (--adapt suffix), or None (full). A row whose loss
+    or gradient is not finite stops there, with a last loss of NaN; the others go on.
     """
-    tensors = [tensor for pair in params.values() for tensor in pair]
-    # paper: AdamW, lr 1e-4, cosine, 3 % warm-up, batch 1.
-    # ours: no weight decay, gradients clipped to norm 1.
-    optimizer = torch.optim.AdamW(tensors, lr=config.lr, weight_decay=0.0)
-    steps, losses = config.epochs * len(examples), []
-    for step in range(steps):
-        prompt, answer = examples[step % len(examples)]
-        ids = torch.tensor([[*prompt, *answer[:-1]]], device=agent.model.device)
-        hidden = agent.model(ids, None if prefix is None else prefix.fork())[0, len(prompt) - 1:]
-        loss = F.cross_entropy(agent.model.logits(hidden), torch.tensor(answer, device=agent.model.device))
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(tensors, 1.0)
-        losses.append(loss.item())
-        if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {step + 1} of {steps}: loss {losses[-1]}, gradient norm {norm}")
-        optimizer.param_groups[0]["lr"] = config.lr * schedule(step, steps, config.warmup)
-        optimizer.step()
+    model, device = agent.model, agent.model.device
+    tensors = [tensor for pair in params.values() for tensor in pair]                       # (B, ...) each
+    means, squares = [torch.zeros_like(t) for t in tensors], [torch.zeros_like(t) for t in tensors]
+    steps, losses = [config.epochs * len(own) for own in examples], [[] for _ in examples]
+    for step in range(max(steps)):
+        going = [step < n and all(map(math.isfinite, own)) for n, own in zip(steps, losses)]
+        if not any(going):
+            break
+        batch = [own[step % len(own)] for own in examples]
+        ids = pad([[*prompt, *answer[:-1]] for prompt, answer in batch], device)[0]         # padded behind: nobody looks there
+        hidden = model(ids, None if prefix is None else prefix.fork())
+        loss = torch.stack([F.cross_entropy(model.logits(h[len(prompt) - 1:len(prompt) + len(answer) - 1]), torch.tensor(answer, device=device))
+                            for h, (prompt, answer) in zip(hidden, batch)])                 # (B,)
+        grads = torch.autograd.grad(loss.sum(), tensors)                                    # a row's adapter is in its own loss only
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()     # (B,)
+        finite = (loss.isfinite() & norm.isfinite()).tolist()
+        for own, value, ok, on in zip(losses, loss.tolist(), finite, going):
+            own += [value if ok else math.nan] * on
+        # paper: AdamW, lr 1e-4, cosine, 3 % warm-up, batch 1.
+        # ours: no weight decay, gradients clipped to norm 1.
+        clip = (1 / (norm + 1e-6)).clamp(max=1)
+        lr = torch.tensor([config.lr * schedule(min(step, n - 1), n, config.warmup) for n in steps], device=device)
+        moves = torch.tensor([ok and on for ok, on in zip(finite, going)], device=device)
+        with torch.no_grad():
+            for tensor, grad, m, v in zip(tensors, grads, means, squares):
+                grad, rate, on = grad * clip[:, None, None], lr[:, None, None], moves[:, None, None]
+                m.lerp_(grad, 1 - 0.9)
+                v.lerp_(grad.square(), 1 - 0.999)
+                update = rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                tensor -= torch.where(on, update, 0)
     return losses
 
 
@@ -188,41 +209,54 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def answer(agent: Agent, prompt: list[int], config: Config, cache: KVCache | None = None,
-           seen: list[torch.Tensor] | None = None) -> tuple[dict, int]:
-    """Greedy decoding of the answer to a prompt, which continues `cache`; also how many tokens it has."""
-    ids = generate(agent.model, [prompt], agent.tokenizer.eos, config.max_new_tokens, cache, seen=seen)[0]
-    return {"text": agent.tokenizer.decode(ids)}, len(ids)
+def answer(agent: Agent, prompts: Sequence[list[int]], config: Config, cache: KVCache | None = None, watch=None) -> list[tuple[dict, int]]:
+    """Greedy decoding of the answers to prompts, which continue `cache`, by adapters where there are any; and their lengths."""
+    rows = generate(agent.model, prompts, agent.tokenizer.eos, config.max_new_tokens, cache, watch=watch,
+                    keep=lambda places: keep_rows(agent.model, places))
+    return [({"text": agent.tokenizer.decode(ids)}, len(ids)) for ids in rows]
 
 
-def assess(agent: Agent, sample: Sample, config: Config) -> Record:
-    """H and the direct answer, for one test sample without its answers: how sure is the model?"""
+def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Record]:
+    """H and the direct answer, for test samples without their answers: how sure is the model of each?"""
     model, tokenizer = agent.model, agent.tokenizer
-    record = Record(sample.id, request_text(sample), gate=config.gate_score)
-    head, rest = tokenizer.split_chat(call_prompt(sample))              # head: system text and tools; rest: the request
-    names, seen = [tool["name"] for tool in sample.tools], []
-    with record.stage("prefill"):                                       # x_i is read once, with theta_0, for all that follows
-        record.tokens["prefill"] = len(head) + len(rest)
-        cache = agent.prefixes.read(head)
-        with torch.no_grad():
-            model(torch.tensor([rest[:-1]], device=model.device), cache)
-    with record.stage("score"):
-        l = score_candidates(model, tokenizer, cache, rest[-1:], names)                       # l.2  l_n, (N,) nats
-        record.candidates = dict(zip(names, l.tolist()))
-        record.margin = softmax_difference(l)                                                 # l.3  u(x_i)
-    with record.stage("base"):                                          # always there, so that a run shows before and after
-        record.base, record.tokens["base"] = answer(agent, rest[-1:], config, cache, seen)
-    record.answer = dict(record.base)
-    with record.stage("scores"):                                        # the rivals of u
-        wanted = dict.fromkeys((*choose_scores(config.scores), config.gate_score))
-        needs = {SCORES[name].needs for name in wanted}
-        orders = shuffled_orders(agent, sample, config, rest, l) if "orders" in needs else None
-        meanings = sampled_meanings(agent, sample, config, rest, cache) if "samples" in needs else ()
-        log_p = torch.cat(seen).float().log_softmax(-1)
-        evidence = Evidence(sample.id, len(head) + len(rest), l, name_lengths(tokenizer, names), -log_p.max(-1).values.cpu(),
-                            entropy_of(log_p.exp()).cpu(), answer_parts(tokenizer, log_p.argmax(-1).tolist()), orders, meanings)
-        record.scores = {name: SCORES[name].value(evidence) for name in wanted}
-    return record
+    records, caches, last, evidence = [], [], [], []
+    wanted = dict.fromkeys((*choose_scores(config.scores), config.gate_score))
+    needs = {SCORES[name].needs for name in wanted}
+    for sample in samples:
+        record = Record(sample.id, request_text(sample), gate=config.gate_score)
+        head, rest = tokenizer.split_chat(call_prompt(sample))          # head: system text and tools; rest: the request
+        names = [tool["name"] for tool in sample.tools]
+        with stage([record], "prefill"):                                # x_i is read once, with theta_0, for all that follows
+            record.tokens["prefill"] = len(head) + len(rest)
+            cache = agent.prefixes.read(head)
+            with torch.no_grad():
+                model(torch.tensor([rest[:-1]], device=model.device), cache)
+        with stage([record], "score"):
+            l = score_candidates(model, tokenizer, cache, rest[-1:], names)                   # l.2  l_n, (N,) nats
+            record.candidates = dict(zip(names, l.tolist()))
+            record.margin = softmax_difference(l)                                             # l.3  u(x_i)
+        with stage([record], "scores"):                                 # what only the rivals of u look at
+            orders = shuffled_orders(agent, sample, config, rest, l) if "orders" in needs else None
+            meanings = sampled_meanings(agent, sample, config, rest, cache) if "samples" in needs else ()
+        evidence.append(Evidence(sample.id, len(head) + len(rest), l, name_lengths(tokenizer, names), orders, meanings))
+        records.append(record)
+        caches.append(cache)
+        last.append(rest[-1:])
+    steps = [[] for _ in samples]                                       # of each row: (token, -log p, entropy) of each step
+
+    def watch(rows: list[int], logits: torch.Tensor) -> None:
+        log_p = logits.float().log_softmax(-1)
+        best = log_p.max(-1)
+        for row, *step in zip(rows, best.indices.tolist(), (-best.values).tolist(), entropy_of(log_p.exp()).tolist()):
+            steps[row].append(step)
+    with stage(records, "base"):                                        # always there, so that a run shows before and after
+        answers = answer(agent, last, config, KVCache.stack(caches), watch)
+    for record, known, taken, (record.base, record.tokens["base"]) in zip(records, evidence, steps, answers):
+        ids, nll, entropies = zip(*taken)
+        known = replace(known, nll=torch.tensor(nll), entropy=torch.tensor(entropies), parts=answer_parts(tokenizer, ids))
+        record.scores = {name: SCORES[name].value(known) for name in wanted}
+        record.answer = dict(record.base)
+    return records
 
 
 def shuffled_orders(agent: Agent, sample: Sample, config: Config, rest: list[int], l: torch.Tensor) -> torch.Tensor:
@@ -245,46 +279,67 @@ def sampled_meanings(agent: Agent, sample: Sample, config: Config, rest: list[in
     return [calls_key(parse_calls(agent.tokenizer.decode(ids)).calls, sample.tools) for ids in rows]
 
 
-def self_improve(agent: Agent, sample: Sample, config: Config, record: Record | None = None) -> Record:
-    """Algorithm 1 for one test sample (without its answers); the base weights are the same bits before and after.
-
-    record: what `assess` gave for the sample, where that is known.
-    """
+def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, records: Sequence[Record] = ()) -> list[Record]:
+    """Algorithm 1 for a batch of test samples (without their answers), each on its own: an outcome does not depend on the
+    others. The base weights are the same bits before and after. records: what `assess` gave, where that is known."""
     model, tokenizer = agent.model, agent.tokenizer
-    record = record or assess(agent, sample, config)                                          # l.2-3  H: u(x_i)
-    record.tau = config.tau
-    record.uncertain = record.margin < config.tau if config.gate_score == "margin" else \
-        not record.scores[config.gate_score] <= config.tau              #     where a score is not defined, nothing is sure
-    if not record.uncertain or config.method == "base":                                       # l.4  sure enough: answer as is
-        record.outcome = "direct" if record.uncertain else "certain"
-        return record
-    with record.stage("pairs"):                                                               # l.5  G: K new (x', y')
-        pairs, rejected = synthesize(model, tokenizer, agent.prefixes, sample, config.k, config.pair,
-                                     config.temperature, config.top_p, config.seed)
+    records = records or assess(agent, samples, config)                                       # l.2-3  H: u(x_i)
+    for record in records:
+        record.tau = config.tau
+        record.uncertain = record.margin < config.tau if config.gate_score == "margin" else \
+            not record.scores[config.gate_score] <= config.tau          #     where a score is not defined, nothing is sure
+        record.outcome = "direct" if record.uncertain else "certain"                          # l.4  sure enough: answer as is
+    todo = [(s, r) for s, r in zip(samples, records) if r.uncertain and config.method != "base"]
+    if not todo:
+        return records
+    with stage([record for _, record in todo], "pairs"):                                      # l.5  G: K new (x', y')
+        written = synthesize(model, tokenizer, agent.prefixes, [sample for sample, _ in todo], config.k, config.pair,
+                             config.temperature, config.top_p, config.seed)
+    for (_, record), (pairs, rejected) in zip(todo, written):
         record.pairs, record.rejected = [asdict(p) for p in pairs], [asdict(r) for r in rejected]
-    if not pairs:
-        record.outcome = "no pair"                                      #     nothing to learn from: the direct answer stands
-        return record
-    head, rest = tokenizer.split_chat(call_prompt(sample))
-    examples = [(tokenizer.split_chat(call_prompt(with_request(sample, pair.request)))[1],
-                 [*tokenizer.encode(pair.text), tokenizer.im_end]) for pair in pairs]
+        record.outcome = "adapted" if pairs else "no pair"              #     nothing to learn from: the direct answer stands
+    todo = [(sample, record, pairs) for (sample, record), (pairs, _) in zip(todo, written) if pairs]
+    if not todo:
+        return records
+    samples, learners, _ = zip(*todo)
+    heads, prompts = zip(*(tokenizer.split_chat(call_prompt(sample)) for sample in samples))
+    examples = [[(tokenizer.split_chat(call_prompt(with_request(sample, pair.request)))[1],
+                  [*tokenizer.encode(pair.text), tokenizer.im_end]) for pair in pairs] for sample, _, pairs in todo]
+    prefix = None
     if config.adapt == "full":                                          #     the adapter acts on the tools' text, too
-        examples, prefix, rest = [(head + prompt, target) for prompt, target in examples], None, head + rest
+        examples = [[(head + prompt, target) for prompt, target in own] for head, own in zip(heads, examples)]
+        prompts = [head + prompt for head, prompt in zip(heads, prompts)]
     else:
-        prefix = agent.prefixes.read(head)
-    params = new_params(model, config.rank, [seeded(config.seed, sample.id, "lora")], config.targets.split(","))
+        prefix = KVCache.stack([agent.prefixes.read(head) for head in heads])
+    params = new_params(model, config.rank, [seeded(config.seed, s.id, "lora") for s in samples], config.targets.split(","))
     with adapters(model, params, config.alpha):                                               # l.6  theta' = theta_0 + BA
-        try:
-            with record.stage("train"):
-                record.tokens["train"] = config.epochs * sum(len(p) + len(a) for p, a in examples)
-                record.losses = fine_tune(agent, examples, params, config, prefix)            # l.7  T
-        except (FloatingPointError, torch.OutOfMemoryError) as error:   #     the direct answer stands
-            record.outcome = "non-finite" if isinstance(error, FloatingPointError) else "out of memory"
-            return record
-        with record.stage("answer"):
-            record.answer, record.tokens["answer"] = answer(agent, rest, config, prefix)      # l.8  answer with theta_i*
-    record.outcome = "adapted"
-    return record                                                                             # l.9  the adapter is gone: theta_0
+        with stage(learners, "train"):
+            losses = fine_tune(agent, examples, params, config, prefix)                       # l.7  T
+        with stage(learners, "answer"):
+            answers = answer(agent, prompts, config, prefix)                                  # l.8  answer with theta_i*
+    for record, own, record.losses, (text, length) in zip(learners, examples, losses, answers):
+        record.tokens["train"] = config.epochs * sum(len(p) + len(a) for p, a in own)
+        if math.isfinite(record.losses[-1]):
+            record.answer, record.tokens["answer"] = text, length
+        else:
+            record.outcome = "non-finite"                               #     the direct answer stands
+    return records                                                                            # l.9  the adapters are gone: theta_0
+
+
+def with_less_memory(agent: Agent, samples: Sequence[Sample], config: Config, records: Sequence[Record]) -> list[Record]:
+    """`self_improve`, in halves where the memory does not hold the batch; a sample that it does not hold alone keeps its
+    direct answer."""
+    try:
+        return self_improve(agent, samples, config, records)
+    except torch.OutOfMemoryError:
+        pass                                            # what the failed pass held is freed before the next begins
+    if len(samples) > 1:
+        half = len(samples) // 2
+        return [record for part in (slice(half), slice(half, None))
+                for record in with_less_memory(agent, samples[part], config, records[part])]
+    record, = records or assess(agent, samples, config)
+    record.tau, record.uncertain, record.outcome = config.tau, True, "out of memory"
+    return [record]
 
 
 # --------------------------------------------------------------------------------------------------- the run folder
@@ -403,9 +458,11 @@ def choose_tau(agent: Agent, samples: Sequence[Sample], config: Config, folder: 
     if config.tau != "auto" and not config.budget:
         return config, {}
     share = [sample for sample in samples if sample.id not in assessed()][rank::world]
-    for sample in tqdm(share, unit="sample", desc="tau", dynamic_ncols=True, disable=rank > 0):
-        line = asdict(assess(agent, sample.without_answers(), config))
-        append(folder / f"assessed-{rank}.jsonl", (json.dumps(line) + "\n").encode())
+    with tqdm(total=len(share), unit="sample", desc="tau", dynamic_ncols=True, disable=rank > 0) as bar:
+        for batch in batches(agent, share, config):
+            lines = [asdict(record) for record in assess(agent, [sample.without_answers() for sample in batch], config)]
+            append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(line) + "\n").encode() for line in lines))
+            bar.update(len(batch))
     wait_for_all(world)
     records = assessed()
     values = [records[sample.id]["scores"][config.gate_score] for sample in samples]
@@ -420,19 +477,37 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
     path = folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
     config, assessed = choose_tau(agent, samples, config, folder, rank, world)
     share = [sample for sample in samples if sample.id not in records][rank::world]
-    bar = tqdm(share, initial=len(records), total=len(records) + len(share), unit="sample", dynamic_ncols=True, disable=rank > 0)
-    for sample in bar:
-        known = Record(**assessed[sample.id]) if sample.id in assessed else None
-        record = self_improve(agent, sample.without_answers(), config, known)
-        for part in (record.base, record.answer):
-            part.update(asdict(evaluate.exact_match(part["text"], sample)))
-        record.gold, record.reachable = call_text(sample.answers), evaluate.reachable(sample)
-        records[sample.id] = asdict(record)
-        append(path, (json.dumps(records[sample.id]) + "\n").encode())
-        if config.verbose:
-            bar.write(evaluate.story(records[sample.id]) + "\n")
-        now = evaluate.summarise(list(records.values()))
-        bar.set_postfix_str(f"base {now['base_accuracy']:.1%} now {now['accuracy']:.1%} adapted {now['adapted'] / now['n']:.0%}")
+    with tqdm(initial=len(records), total=len(records) + len(share), unit="sample", dynamic_ncols=True, disable=rank > 0) as bar:
+        for batch in batches(agent, share, config):
+            known = [Record(**assessed[sample.id]) for sample in batch if sample.id in assessed]
+            lines = []
+            for sample, record in zip(batch, with_less_memory(agent, [sample.without_answers() for sample in batch], config, known)):
+                for part in (record.base, record.answer):
+                    part.update(asdict(evaluate.exact_match(part["text"], sample)))
+                record.gold, record.reachable = call_text(sample.answers), evaluate.reachable(sample)
+                records[sample.id] = asdict(record)
+                lines.append((json.dumps(records[sample.id]) + "\n").encode())
+                if config.verbose:
+                    bar.write(evaluate.story(records[sample.id]) + "\n")
+            append(path, b"".join(lines))
+            bar.update(len(batch))
+            now = evaluate.summarise(list(records.values()))
+            bar.set_postfix_str(f"base {now['base_accuracy']:.1%} now {now['accuracy']:.1%} adapted {now['adapted'] / now['n']:.0%}")
+
+
+def batches(agent: Agent, samples: Sequence[Sample], config: Config) -> Iterator[list[Sample]]:
+    """The samples in batches of --batch; by default one by one on a CPU, and as many as BATCH_TOKENS hold on a GPU."""
+    batch, longest = [], 0
+    for sample in samples:
+        length = len(agent.tokenizer.chat(call_prompt(sample)))
+        full = len(batch) == config.batch if config.batch else agent.model.device.type == "cpu" or \
+            max(longest, length) * (len(batch) + 1) > BATCH_TOKENS
+        if batch and full:
+            yield batch
+            batch, longest = [], 0
+        batch, longest = [*batch, sample], max(longest, length)
+    if batch:
+        yield batch
 
 
 # ------------------------------------------------------------------------------------------------- the command line

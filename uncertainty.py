@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -88,11 +88,11 @@ class Evidence:
     prompt_tokens: int
     candidates: torch.Tensor                            # (N,) l_n, nats
     lengths: torch.Tensor                               # (N,) tokens of which l_n is the sum, but those that all share
-    nll: torch.Tensor                                   # (T,) -log P of each token of the greedy answer, its end included
-    entropy: torch.Tensor                               # (T,) entropy of the distribution that each was chosen from, nats
-    parts: Mapping[str, Sequence[int]]                  # "answer", "name", "values" -> which of the T tokens
-    orders: torch.Tensor | None = None                  # (M, N) l_n under M shuffled orders of the tools
+    orders: torch.Tensor | None = None                  # (M, N) l_n under M orders of the tools
     meanings: Sequence[Hashable] = ()                   # of k sampled answers: equal means the same calls under `exact`
+    nll: torch.Tensor | None = None                     # (T,) -log P of each token of the greedy answer, its end included
+    entropy: torch.Tensor | None = None                 # (T,) entropy of the distribution that each was chosen from, nats
+    parts: Mapping[str, Sequence[int]] = field(default_factory=dict)    # "answer", "name", "values" -> which of the T tokens
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ def semantic_entropy(e: Evidence) -> float:
     return entropy_of(torch.tensor(list(Counter(e.meanings).values())).double() / len(e.meanings)).item()
 
 
-def over_part(reduce: Callable[[torch.Tensor], torch.Tensor], field: str, part: str) -> Callable[[Evidence], float]:
+def over_part(reduce: Callable[[torch.Tensor], torch.Tensor], values: str, part: str) -> Callable[[Evidence], float]:
     """A score that reduces some of the greedy answer's token values; NaN if it has no token of that part."""
-    return lambda e: reduce(getattr(e, field)[list(e.parts[part])]).item() if e.parts[part] else math.nan
+    return lambda e: reduce(getattr(e, values)[list(e.parts[part])]).item() if e.parts[part] else math.nan
 
 
 for part in ("answer", "name", "values"):               # of the greedy answer (Fomicheva et al. 2020)

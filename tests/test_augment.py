@@ -61,17 +61,17 @@ class Script:
     def __init__(self, tokenizer, *rounds):
         self.tokenizer, self.rounds, self.asked = tokenizer, list(rounds), []
 
-    def __call__(self, model, prompts, eos, max_new_tokens, cache, temperature, top_p, generators):
+    def __call__(self, model, tokenizer, prefixes, prompts, limit, temperature, top_p, keys):
         texts = self.rounds.pop(0)
-        assert len(prompts) == len(generators) == len(texts)
-        self.asked.append((self.tokenizer.decode(prompts[0]), [g.initial_seed() for g in generators]))
-        return [self.tokenizer.encode(text) for text in texts]
+        assert len(prompts) == len(keys) == 1 and len(keys[0]) == len(texts)
+        self.asked.append((self.tokenizer.decode(prompts[0][1]), keys[0]))
+        return [texts]
 
 
 def write(monkeypatch, model, tokenizer, *rounds, sample=SAMPLE, **options):
     script = Script(tokenizer, *rounds)
-    monkeypatch.setattr(augment, "generate", script)
-    pairs, rejected = synthesize(model, tokenizer, PrefixCaches(model), sample, **options)
+    monkeypatch.setattr(augment, "sample_texts", script)
+    (pairs, rejected), = synthesize(model, tokenizer, PrefixCaches(model), [sample], **options)
     return pairs, rejected, script
 
 
@@ -90,7 +90,7 @@ def test_joint_reads_request_and_call_from_one_text(monkeypatch, model, tokenize
 def test_three_tries_each_with_its_own_draw_then_no_pair_and_every_reason_is_kept(monkeypatch, model, tokenizer):
     tries = [['What is the weather in Rome?"'], ['Paris?"\n' + call_text((UNKNOWN,))], ['Paris?"\nsunny']]
     pairs, rejected, script = write(monkeypatch, model, tokenizer, *tries, mode="joint")
-    assert pairs == [] and len({seeds[0] for _, seeds in script.asked}) == 3
+    assert pairs == [] and len({keys[0] for _, keys in script.asked}) == 3
     assert [r.reason for r in rejected] == ["copy of the seed request", "unknown argument: town", "no call could be read"]
 
 

@@ -23,7 +23,7 @@ from data.tiny import make
 from lora import LoRALinear
 from model import PrefixCaches, Tokenizer, fingerprint, load_model
 from test_evaluate import record as sound_record
-from train import TINY, Agent, Config, main, self_improve
+from train import TINY, Agent, Config, main
 
 ROOT = Path(train.__file__).parent
 SAMPLES = 16                            # of the runs that are killed
@@ -186,12 +186,16 @@ def test_the_fingerprint_sees_one_bit_and_an_exchange():
 
 def test_out_of_memory_in_adaptation_keeps_the_direct_answer_and_elsewhere_the_finished_samples(tmp_path, monkeypatch, capsys):
     def exhausted(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    fit = train.fine_tune
     monkeypatch.setattr(train, "fine_tune", exhausted)
-    monkeypatch.setattr(train, "synthesize", lambda *_: ([Pair("a request", (), "a call")], []))
+    monkeypatch.setattr(train, "synthesize", lambda _, __, ___, samples, *____: [([Pair("a request", (), "a call")], [])] * len(samples))
     run(tmp_path / "adapting", "--tau", "1")
     for record in evaluate.read_records(tmp_path / "adapting"):
         assert record["outcome"] == "out of memory" and record["answer"] == record["base"]
     assert "3 adaptations did not fit" in capsys.readouterr().out
+    monkeypatch.setattr(train, "fine_tune", lambda agent, examples, *rest: exhausted() if len(examples) > 1 else fit(agent, examples, *rest))
+    run(tmp_path / "halves", "--tau", "1", "--batch", "3")
+    assert {r["outcome"] for r in evaluate.read_records(tmp_path / "halves")} == {"adapted"}
     monkeypatch.setattr(train, "score_candidates", exhausted)
     run(tmp_path / "scoring", code=1)
     error = capsys.readouterr().err.splitlines()[-1]
@@ -260,7 +264,7 @@ def test_two_hundred_adaptations_take_no_more_memory_than_a_few():
     for i in range(200):
         params = train.new_params(model, 8, [train.seeded("memory", i)], config.targets.split(","))
         with train.adapters(model, params, 16.0):
-            train.fine_tune(agent, [(prompt, target)], params, config)
+            train.fine_tune(agent, [[(prompt, target)]], params, config)
         seen.append(resident())
     assert seen[-1] - seen[19] < 20e6       # an adapter of this model has 0.6 MB of parameters and 1.8 MB with AdamW's state
     assert not any(isinstance(module, LoRALinear) for module in model.modules())

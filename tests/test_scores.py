@@ -175,7 +175,7 @@ CONFIG = Config(bench="sealtool", scores="all", max_new_tokens=48)
 
 def test_the_answers_scores_equal_a_plain_pass_over_prompt_and_answer(agent):
     for sample in SAMPLES:
-        record = train.assess(agent, sample, CONFIG)
+        record, = train.assess(agent, [sample], CONFIG)
         prompt = agent.tokenizer.chat(data.call_prompt(sample))
         answer = [*agent.tokenizer.encode(record.base["text"]), agent.tokenizer.im_end]
         with torch.no_grad():

@@ -15,7 +15,7 @@ from data.tiny import make
 from data import Sample, call_prompt
 from data.calls import Call
 from model import PrefixCaches, Tokenizer, load_model, seeded
-from train import TINY, Agent, Config, fine_tune, main, schedule, self_improve
+from train import TINY, Agent, Config, fine_tune, main, schedule
 
 # tau = 1 and tasks of the split that the bundled model was trained on: then most samples are adapted
 CONFIG = Config(bench="toolalpaca", lr=train.TINY_LR, max_new_tokens=64, tau=1.0)
@@ -35,6 +35,10 @@ def adapted_one(agent, samples):
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     return [data.parse_sample(item, f"toolalpaca-{i}", "test") for i, item in enumerate(make.generate("toolalpaca", "train", 7, 25))]
+
+
+def self_improve(agent, sample, config) -> train.Record:
+    return train.self_improve(agent, [sample], config)[0]
 
 
 def bits(model) -> dict[str, bytes]:
@@ -116,6 +120,49 @@ def test_base_asks_once_and_adapts_nothing(agent, adapted_one):
     assert direct.outcome == "direct" and direct.answer["text"] == record.base["text"] and not direct.pairs
 
 
+@pytest.mark.parametrize("adapt", ["full", "suffix"])
+def test_a_batch_gives_each_sample_what_it_gets_alone(agent, samples, adapt):
+    config, batch = dataclasses.replace(CONFIG, lr=1e-3, adapt=adapt), [sample.without_answers() for sample in samples[:6]]
+    alone, together = [self_improve(agent, sample, config) for sample in batch], train.self_improve(agent, batch, config)
+    assert sum(record.outcome == "adapted" for record in alone) >= 2
+    for one, row in zip(alone, together):
+        assert row.losses == pytest.approx(one.losses, abs=1e-5) and row.scores == pytest.approx(one.scores, abs=1e-5)
+        one.losses, one.scores, one.candidates, one.margin = row.losses, row.scores, row.candidates, row.margin
+        assert plain(row) == plain(one)
+
+
+def fitted(agent, *rows: list[str], spoiled: int | None = None):
+    """The adapters and losses of rows that learn to answer one or more texts; one of them begins with an infinite weight."""
+    params = lora.new_params(agent.model, 4, [seeded(*texts) for texts in rows])
+    if spoiled is not None:
+        with torch.no_grad():
+            params["model.layers.2.mlp.down_proj"][0][spoiled] = math.inf
+    encode = agent.tokenizer.encode
+    with lora.adapters(agent.model, params, 16.0):
+        return params, fine_tune(agent, [[(encode(text), encode(text + " answer")) for text in texts] for texts in rows], params,
+                                 dataclasses.replace(CONFIG, lr=1e-3))
+
+
+def test_rows_with_fewer_steps_are_frozen_when_they_are_done(agent):
+    rows = [["one"], ["two", "three and more"], ["four"]]
+    params, losses = fitted(agent, *rows)
+    assert [len(own) for own in losses] == [5, 10, 5]
+    for i, texts in enumerate(rows):
+        alone, own = fitted(agent, texts)
+        assert losses[i] == pytest.approx(own[0], abs=1e-5)
+        for name in params:
+            for both, one in zip(params[name], alone[name]):
+                assert (both[i] - one[0]).abs().max() < 1e-4
+
+
+def test_a_row_that_fails_stops_alone(agent):
+    """Its adapter keeps every bit from then on, the others learn as they do without it."""
+    (good, alone), (both, losses) = fitted(agent, ["good"]), fitted(agent, ["good"], ["bad"], spoiled=1)
+    assert losses[0] == pytest.approx(alone[0], abs=1e-5) and len(losses[1]) == 1 and math.isnan(losses[1][0])
+    for name, (A, B) in both.items():
+        assert (B[1] == 0).all() and (B[0] != 0).any() and (A[0] - good[name][0][0]).abs().max() < 1e-4
+
+
 # -------------------------------------------------------------------------------------------------------- fine_tune
 
 class MaskedLoRA(lora.LoRALinear):
@@ -138,7 +185,7 @@ def test_training_equals_a_plain_loop_over_the_whole_prompt(agent, samples, adap
     ours = fresh()
     with lora.adapters(model, ours, 16.0):
         prefix = agent.prefixes.read(head) if adapt == "suffix" else None
-        losses = fine_tune(agent, [(rest if prefix else head + rest, answer)], ours, config, prefix)
+        losses = fine_tune(agent, [[(rest if prefix else head + rest, answer)]], ours, config, prefix)[0]
 
     twin, twin_losses = fresh(), []
     monkeypatch.setattr(lora, "LoRALinear", MaskedLoRA)
