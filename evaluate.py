@@ -116,7 +116,7 @@ ANSWER = {"text": str, "exact": bool, "reason": str, "strict": bool, "parsed": b
           "argument_f1": float}
 RECORD = {"id": str, "request": str, "margin": float, "uncertain": bool, "gate": str, "tau": float, "scores": {...: float}, "candidates": {...: float}, "outcome": str,
           "base": ANSWER, "answer": ANSWER, "pairs": [{"request": str, "calls": [dict], "votes": int}],
-          "rejected": [{"text": str, "reason": str}], "losses": [float], "gold": str, "reachable": bool, "seconds": {...: float}}
+          "rejected": [{"text": str, "reason": str}], "losses": [float], "sampled": [ANSWER], "gold": str, "reachable": bool, "seconds": {...: float}}
 
 
 def fits(value, shape) -> bool:
@@ -201,6 +201,8 @@ def summarise(records: Sequence[dict]) -> dict:
         "fixed": sum(a and not b for b, a in right), "harmed": sum(b and not a for b, a in right),
         **{f"{when}_{measure}": mean(float(r[when][measure]) for r in records)
            for when in ("base", "answer") for measure in ("strict", "parsed", "name_correct", "name_f1", "argument_f1")},
+        "pass_at_k": mean(any(s["exact"] for s in r["sampled"] or [r["answer"]]) for r in records),     # any of a sample's answers right
+        "k": max((len(r["sampled"]) for r in records), default=0),
         "reachable": mean(r["reachable"] for r in records),
         "reasons": dict(Counter(r["answer"]["reason"].partition(":")[0] for r in records if r["answer"]["reason"]).most_common()),
         "rejected": dict(Counter(j["reason"].partition(":")[0] for r in records for j in r["rejected"]).most_common()),
@@ -235,6 +237,8 @@ def table(folders: Sequence[Path]) -> str:
         elif config.get("bench") in PAPER_GAIN and not Path(config.get("data", "")).is_file():
             notes.append(f"{folder.name}: the paper, with Qwen2.5-1.5B-Instruct and 5 seeds: gain +{PAPER_GAIN[config['bench']]:.2f}"
                          + (f" ({PAPER_SEALTOOL})" if config["bench"] == "sealtool" else ""))
+        if summary["k"]:
+            notes.append(f"{folder.name}: pass@{summary['k']} {100 * summary['pass_at_k']:.1f}, any of the sampled answers being right")
         if config.get("tau") == "auto" or config.get("budget"):
             notes.append(f"{folder.name}: {chosen_tau(records)}")
         if summary["non_finite"]:
@@ -282,13 +286,14 @@ def grid(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def uncertainty_report(folder: Path) -> str:
-    """All scores of a run compared, best first, with 95 % bootstrap intervals; calibration; and what the gate is worth."""
+def uncertainty_report(folder: Path) -> tuple[str, dict[str, str]]:
+    """All scores of a run compared, best first, with 95 % bootstrap intervals; calibration; and what the gate is worth.
+    Also the AUROC of each score, for a table of several runs."""
     records = read_records(folder)
     if not records:
         raise ValueError(f"{folder}: no finished sample yet")
     scores, error, gain = columns(records)
-    n, wrong = len(records), int(error.sum())
+    n, wrong, areas = len(records), int(error.sum()), {}
     text = [f"{printable(folder.name)}: {n} samples, {wrong} direct answers wrong. Does a score rank those first?"]
     if wrong in (0, n):
         text.append(f"Nothing can be ranked: all {n} direct answers are {'wrong' if wrong else 'right'}.")
@@ -300,6 +305,7 @@ def uncertainty_report(folder: Path) -> str:
         for name in sorted(found, key=lambda name: -found[name]["AUROC"]):
             low, high = interval(drawn[best]["AUROC"] - drawn[name]["AUROC"])
             cells = ["{:.2f} [{:.2f}, {:.2f}]".format(found[name][m], *interval(drawn[name][m])) for m in RANKING]
+            areas[name] = cells[0]
             rows.append([name, *cells, "the best" if name == best else "within noise" if low <= 0 <= high else "worse"])
         text.append(grid(rows))
         text.append("Within noise: the 95 % interval of the difference in AUROC to the best, over the same resamples, holds 0.")
@@ -322,10 +328,12 @@ def uncertainty_report(folder: Path) -> str:
             gated, label = flagged, f"at tau {records[0]['tau']:.3g}: {flagged.double().mean():.0%}"
         else:
             gated, label = score > threshold_between(score.tolist(), round(share / 100 * n)), f"budget {share} %"
-        rates = gate_rates(gated, error)
-        rows.append([label, *(f"{value:.2f}" for value in rates.values())] +
+        drawn = bootstrap(gate_rates, gated, error, times=300)
+        rows.append([label, *("{:.2f} [{:.2f}, {:.2f}]".format(value, *interval(drawn[m])) for m, value in gate_rates(gated, error).items())] +
                     ([str(int((gain[gated] > 0).sum())), str(int((gain[gated] < 0).sum())), f"{100 * gain[gated].sum() / n:+.1f}"] if adapted else []))
     text += ["", f"Is the gate ({gate}) useful? Adapted against: the direct answer is wrong", grid(rows)]
+    if "nan" in text[-1]:
+        text.append("nan: there is no wrong (TPR), no right (FPR) or no adapted (precision) sample to take the share of.")
     if adapted:
         worth = gain_budget(score, gain)
         low, high = interval(bootstrap(lambda s, g: {"Qini": gain_budget(s, g)["Qini"]}, score, gain)["Qini"])
@@ -335,7 +343,7 @@ def uncertainty_report(folder: Path) -> str:
                     f"{100 * worth['ideal']:.1f} points, the best tau {100 * worth['curve'].max():.1f}, this one {100 * gain.sum() / n:.1f}: "
                     f"regret {100 * (worth['curve'].max() - gain.sum() / n):.1f} to the best tau, {100 * (worth['ideal'] - gain.sum() / n):.1f} "
                     "to the ideal gate. What was certain was not adapted, so its gain counts as 0.")
-    return "\n".join(text)
+    return "\n".join(text), areas
 
 
 def plot(folder: Path, into: Path) -> list[Path]:
@@ -456,7 +464,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("\n".join(printable(f"{folder}: {fault}") for fault in wrong or ["sound"]))
             return int(any(faults.values()))
         if args.uncertainty:
-            print("\n\n".join(map(uncertainty_report, args.runs)))
+            texts, areas = zip(*map(uncertainty_report, args.runs))
+            print("\n\n".join(texts))
+            if len(areas) > 1:
+                print("\nAUROC in each run\n" + grid([["score", *(printable(folder.name) for folder in args.runs)], *(
+                    [name, *(area.get(name, "-") for area in areas)] for name in SCORES if any(name in area for area in areas))]))
         if args.plot:
             for folder in args.runs:
                 print(*plot(folder, args.plot if len(args.runs) == 1 else args.plot / folder.name), sep="\n")

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -31,12 +32,12 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from augment import request_text, synthesize, with_request
+from augment import check_calls, request_text, sample_texts, synthesize, with_request
 from data import Sample, call_prompt, call_text
 from data.calls import calls_key, parse_calls
 from lora import TARGETS, Params, adapters, keep_rows, new_params, targeted
 from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, pad, seeded
-from uncertainty import ORDERS, SAMPLES, SCORES, Evidence, answer_parts, choose_scores, entropy_of, name_lengths, otsu, score_candidates, \
+from uncertainty import ORDERS, SCORES, Evidence, answer_parts, choose_scores, entropy_of, name_lengths, otsu, score_candidates, \
     softmax_difference, threshold_between
 
 TINY = Path(data.__file__).parent / "tiny"
@@ -59,8 +60,10 @@ class Config:
                        "download; with the tiny model: bundled samples)", "what to run")
     model: str = option("", "hub id, folder, or 'tiny', the bundled one (default: Qwen/Qwen2.5-1.5B-Instruct on a GPU, else tiny)",
                         "what to run")
-    method: str = option("ttsi", "base: direct answers only; ttsi: adapt to the uncertain samples", "what to run",
-                         choices=("base", "ttsi"))
+    method: str = option("ttsi", "base: direct answers only; ttsi: adapt to the uncertain samples; for these samples, but without any "
+                         "training: tticl: the pairs as examples in the prompt; vote: the majority of sampled answers; retry: sampled "
+                         "again until an answer fits the tools' schema; again: asked once more", "what to run",
+                         choices=("base", "ttsi", "tticl", "vote", "retry", "again"))
     seed: int = option(0, "seeds every draw, together with the sample's id", "what to run")
     limit: int = option(0, "only the first N samples (0: all)", "what to run")
     tau: float | str = option(0.95, "uncertain where the softmax difference is below tau, in [0, 1] (with another --gate-score: "
@@ -68,6 +71,8 @@ class Config:
                               type=lambda text: text if text == "auto" else float(text))
     budget: float = option(0.0, "choose tau, without labels, so that this share of the samples is uncertain, in (0, 1]",
                            "H, uncertainty")
+    gate: str = option("score", "which samples a method acts on: those that the score finds uncertain, or, as controls: all, or certain, "
+                       "only those that it is sure of", "H, uncertainty", choices=("score", "all", "certain"))
     gate_score: str = option("margin", "the score that decides (1 - the softmax difference is 'margin')", "H, uncertainty",
                              choices=tuple(SCORES), metavar="NAME")
     scores: str = option("cheap", "the scores to record: cheap (no pass more), all, or names with commas", "H, uncertainty")
@@ -85,6 +90,7 @@ class Config:
     lr: float = option(0.0, "peak learning rate of AdamW (default: 1e-4, the paper's; 2e-3 for the tiny model)",
                        "T, test-time fine-tuning")
     warmup: float = option(0.03, "share of the steps that warm up", "T, test-time fine-tuning")
+    samples: int = option(5, "answers sampled, at --temperature, for vote, for retry, and for the scores of sampled answers", "answers and run folder")
     batch: int = option(0, "samples adapted together, each with its own adapter (0: 1 on a CPU, on a GPU as many as fit "
                         f"{BATCH_TOKENS} prompt tokens); changes no result", "answers and run folder")
     max_new_tokens: int = option(256, "longest answer, in tokens", "answers and run folder")
@@ -105,7 +111,7 @@ class Config:
                 ("warmup", 0 <= self.warmup < 1, "in [0, 1)"), ("temperature", self.temperature >= 0, "0 or more"),
                 ("lr", 0 <= self.lr < math.inf, "0 (the default) or more"), ("alpha", 0 < self.alpha < math.inf, "above 0"),
                 ("limit", self.limit >= 0, "0 or more"), ("batch", self.batch >= 0, "0 or more"),
-                *((name, getattr(self, name) >= 1, "1 or more") for name in ("k", "rank", "epochs", "max_new_tokens"))):
+                *((name, getattr(self, name) >= 1, "1 or more") for name in ("k", "rank", "epochs", "max_new_tokens", "samples"))):
             if not holds:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
 
@@ -130,6 +136,7 @@ class Record:
     pairs: list = field(default_factory=list)
     rejected: list = field(default_factory=list)
     losses: list[float] = field(default_factory=list)           # of every training step
+    sampled: list = field(default_factory=list)                 # the sampled answers of vote and retry: text, exact, reason, ...
     gold: str = ""                                              # filled with the verdicts, for the reader
     reachable: bool = True                                      # whether the gold's tools are all on offer
     seconds: dict[str, float] = field(default_factory=dict)     # stage -> s
@@ -237,7 +244,8 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Reco
             record.margin = softmax_difference(l)                                             # l.3  u(x_i)
         with stage([record], "scores"):                                 # what only the rivals of u look at
             orders = shuffled_orders(agent, sample, config, rest, l) if "orders" in needs else None
-            meanings = sampled_meanings(agent, sample, config, rest, cache) if "samples" in needs else ()
+            meanings = [calls_key(parse_calls(text).calls, sample.tools) for text in sampled_answers(agent, [sample], config)[0]] \
+                if "samples" in needs else ()
         evidence.append(Evidence(sample.id, len(head) + len(rest), l, name_lengths(tokenizer, names), orders, meanings))
         records.append(record)
         caches.append(cache)
@@ -271,14 +279,6 @@ def shuffled_orders(agent: Agent, sample: Sample, config: Config, rest: list[int
     return torch.stack(rows)
 
 
-def sampled_meanings(agent: Agent, sample: Sample, config: Config, rest: list[int], cache: KVCache) -> list[tuple]:
-    """What SAMPLES sampled answers mean: the same key for the same calls."""
-    generators = [seeded(config.seed, sample.id, "sample", i) for i in range(SAMPLES)]
-    rows = generate(agent.model, [rest[-1:]] * SAMPLES, agent.tokenizer.eos, config.max_new_tokens, cache, config.temperature,
-                    config.top_p, generators)
-    return [calls_key(parse_calls(agent.tokenizer.decode(ids)).calls, sample.tools) for ids in rows]
-
-
 def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, records: Sequence[Record] = ()) -> list[Record]:
     """Algorithm 1 for a batch of test samples (without their answers), each on its own: an outcome does not depend on the
     others. The base weights are the same bits before and after. records: what `assess` gave, where that is known."""
@@ -289,8 +289,12 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, record
         record.uncertain = record.margin < config.tau if config.gate_score == "margin" else \
             not record.scores[config.gate_score] <= config.tau          #     where a score is not defined, nothing is sure
         record.outcome = "direct" if record.uncertain else "certain"                          # l.4  sure enough: answer as is
-    todo = [(s, r) for s, r in zip(samples, records) if r.uncertain and config.method != "base"]
-    if not todo:
+    acts = {"score": lambda record: record.uncertain, "certain": lambda record: not record.uncertain, "all": lambda record: True}[config.gate]
+    todo = [(sample, record) for sample, record in zip(samples, records) if acts(record)]
+    if not todo or config.method == "base":
+        return records
+    if config.method in RIVALS:
+        RIVALS[config.method](agent, *zip(*todo), config)
         return records
     with stage([record for _, record in todo], "pairs"):                                      # l.5  G: K new (x', y')
         written = synthesize(model, tokenizer, agent.prefixes, [sample for sample, _ in todo], config.k, config.pair,
@@ -305,6 +309,9 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, record
     heads, prompts = zip(*(tokenizer.split_chat(call_prompt(sample)) for sample in samples))
     examples = [[(tokenizer.split_chat(call_prompt(with_request(sample, pair.request)))[1],
                   [*tokenizer.encode(pair.text), tokenizer.im_end]) for pair in pairs] for sample, _, pairs in todo]
+    if config.method == "tticl":                                        #     TT-ICL: nothing is trained
+        in_context(agent, samples, learners, config)
+        return records
     prefix = None
     if config.adapt == "full":                                          #     the adapter acts on the tools' text, too
         examples = [[(head + prompt, target) for prompt, target in own] for head, own in zip(heads, examples)]
@@ -324,6 +331,67 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, record
         else:
             record.outcome = "non-finite"                               #     the direct answer stands
     return records                                                                            # l.9  the adapters are gone: theta_0
+
+
+def in_context(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+    """TT-ICL: the samples' pairs go into the prompt as turns before the request."""
+    prompts = []
+    for sample, record in zip(samples, records):
+        system, *request = call_prompt(sample)
+        examples = [turn for pair in record.pairs for turn in (call_prompt(with_request(sample, pair["request"]))[1],
+                                                               {"role": "assistant", "content": pair["text"]})]
+        prompts.append([system, *examples, *request])
+    answer_again(agent, prompts, records, config)
+
+
+def ask_again(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+    """The cheapest second look: the direct answer is shown to the model, which is asked once more."""
+    answer_again(agent, [[*call_prompt(sample), {"role": "assistant", "content": record.base["text"]}, {"role": "user", "content": ASK_AGAIN}]
+                         for sample, record in zip(samples, records)], records, config)
+
+
+def answer_again(agent: Agent, prompts: Sequence[list[dict]], records: Sequence[Record], config: Config) -> None:
+    """Greedy answers of the base model to other prompts, as the records' final answers."""
+    heads, rests = zip(*map(agent.tokenizer.split_chat, prompts))
+    with stage(records, "answer"):
+        answers = answer(agent, rests, config, KVCache.stack([agent.prefixes.read(head) for head in heads]))
+    for record, (record.answer, record.tokens["answer"]) in zip(records, answers):
+        record.outcome = "adapted"
+
+
+def vote(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+    """Self-consistency (Wang et al. 2023): the first of the sampled answers that mean what most of them mean."""
+    with stage(records, "answer"):
+        drawn = sampled_answers(agent, samples, config)
+    for sample, record, texts in zip(samples, records, drawn):
+        keys = [calls_key(parse_calls(text).calls, sample.tools) for text in texts]
+        record.answer, record.outcome = {"text": texts[keys.index(Counter(keys).most_common(1)[0][0])]}, "adapted"
+        record.sampled = [{"text": text} for text in texts]
+
+
+def retry(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+    """The first answer that passes the check which pairs must pass: the direct one, then sampled ones; else the direct one."""
+    def fits(sample, text): return not check_calls(parse_calls(text).calls, sample)
+    todo = [(sample, record) for sample, record in zip(samples, records) if not fits(sample, record.base["text"])]
+    if todo:
+        samples, records = zip(*todo)
+        with stage(records, "answer"):
+            drawn = sampled_answers(agent, samples, config)
+        for sample, record, texts in zip(samples, records, drawn):
+            text = next((text for text in texts if fits(sample, text)), record.base["text"])
+            record.answer, record.outcome = {"text": text}, "adapted"
+            record.sampled = [{"text": text} for text in texts]
+
+
+def sampled_answers(agent: Agent, samples: Sequence[Sample], config: Config) -> list[list[str]]:
+    """--samples answers of the base model for each sample, (B, N) texts."""
+    return sample_texts(agent.model, agent.tokenizer, agent.prefixes, [agent.tokenizer.split_chat(call_prompt(s)) for s in samples],
+                        config.max_new_tokens, config.temperature, config.top_p,
+                        [[(config.seed, s.id, "sample", i) for i in range(config.samples)] for s in samples])
+
+
+ASK_AGAIN = "You were not sure of this answer. Think again from the start, and answer with nothing but the tool calls that the request needs."
+RIVALS = {"vote": vote, "retry": retry, "again": ask_again}
 
 
 def with_less_memory(agent: Agent, samples: Sequence[Sample], config: Config, records: Sequence[Record]) -> list[Record]:
@@ -482,7 +550,7 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
             known = [Record(**assessed[sample.id]) for sample in batch if sample.id in assessed]
             lines = []
             for sample, record in zip(batch, with_less_memory(agent, [sample.without_answers() for sample in batch], config, known)):
-                for part in (record.base, record.answer):
+                for part in (record.base, record.answer, *record.sampled):
                     part.update(asdict(evaluate.exact_match(part["text"], sample)))
                 record.gold, record.reachable = call_text(sample.answers), evaluate.reachable(sample)
                 records[sample.id] = asdict(record)

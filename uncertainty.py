@@ -103,7 +103,7 @@ class Score:
     needs: str = ""
 
 
-ORDERS, SAMPLES = 4, 5                                  # orders of the tools, and sampled answers, that such scores look at
+ORDERS = 4                                              # orders of the tools that mutual information looks at
 SCORES: dict[str, Score] = {}                           # all scores by name; a new one is one decorated function
 
 

@@ -18,7 +18,7 @@ def record(id: str, base: bool, answer: bool, outcome: str = "adapted", margin: 
             "scores": {"margin": 1 - margin}, "candidates": {"f": -0.5, "g": -2.5},
             "outcome": outcome, "base": part(base), "answer": part(answer), "gold": "gold", "reachable": True, "tokens": {},
             "pairs": [{"request": "Why?", "calls": [{"name": "f", "arguments": {"x": 1}}], "text": "f(x=1)", "votes": 3}],
-            "rejected": [{"text": "bad", "reason": "unknown argument: y"}], "losses": [0.5, 0.25], "seconds": {"score": 1.0, "base": 0.5}}
+            "rejected": [{"text": "bad", "reason": "unknown argument: y"}], "losses": [0.5, 0.25], "sampled": [], "seconds": {"score": 1.0, "base": 0.5}}
 
 
 RECORDS = [record("a", False, True), record("b", True, False), record("c", True, True, "certain"), record("d", False, False, "no pair"),

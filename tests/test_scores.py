@@ -236,7 +236,7 @@ def test_tau_auto_needs_no_label_and_the_table_has_its_regret(tmp_path, capsys):
 
 def test_the_report_compares_and_the_pictures_are_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    run(tmp_path / "run", "--scores", "all")
+    run(tmp_path / "run", "--scores", "margin,entropy,mutual_information")
     path = tmp_path / "run" / "records.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for i, record in enumerate(records):
@@ -252,10 +252,13 @@ def test_the_report_compares_and_the_pictures_are_drawn(tmp_path, capsys):
     assert {p.stem for p in (tmp_path / "plots").iterdir()} == {"reliability", "risk_coverage", "margin", "tau", "gain_budget", "seconds"}
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in (tmp_path / "plots").iterdir())
 
+    assert evaluate.main([str(tmp_path / "run")] * 2 + ["--uncertainty"]) == 0
+    assert "AUROC in each run" in capsys.readouterr().out
+
     for record in records:
         record["base"]["exact"] = False
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert "all 10 direct answers are wrong" in evaluate.uncertainty_report(tmp_path / "run")
+    assert "all 10 direct answers are wrong" in evaluate.uncertainty_report(tmp_path / "run")[0]
 
 
 def test_without_matplotlib_there_is_one_clear_line(tmp_path, monkeypatch, capsys):
