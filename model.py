@@ -283,12 +283,12 @@ def read_json(path: Path) -> dict:
     return raw
 
 
-def find_checkpoint(name: str, offline: bool = False) -> Path:
+def find_checkpoint(name: str, offline: bool = False, flag: str = "--model") -> Path:
     """The folder of a checkpoint: `name` itself if it is one, else the hub's files for that id, downloaded if need be."""
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-1.5B-Instruct)")
+        raise FileNotFoundError(f"{flag} {name}: no such folder (a hub id looks like Qwen/Qwen2.5-1.5B-Instruct)")
     from huggingface_hub import snapshot_download      # only here: a local folder needs nothing of the hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     wanted = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -298,7 +298,7 @@ def find_checkpoint(name: str, offline: bool = False) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         how = "is not in the hub's local cache, and --offline forbids a download" if offline else \
               f"could not be had from the hub ({type(error).__name__})"
-        raise FileNotFoundError(f"--model {name}: {how}; pass a folder, or --model tiny for the bundled one") from error
+        raise FileNotFoundError(f"{flag} {name}: {how}; pass a folder, or --model tiny for the bundled one") from error
     for file in folder.glob("*.safetensors"):
         check_blob(file.resolve())
     return folder

@@ -60,10 +60,11 @@ class Config:
                        "download; with the tiny model: bundled samples)", "what to run")
     model: str = option("", "hub id, folder, or 'tiny', the bundled one (default: Qwen/Qwen2.5-1.5B-Instruct on a GPU, else tiny)",
                         "what to run")
-    method: str = option("ttsi", "base: direct answers only; ttsi: adapt to the uncertain samples; for these samples, but without any "
-                         "training: tticl: the pairs as examples in the prompt; vote: the majority of sampled answers; retry: sampled "
+    method: str = option("ttsi", "base: direct answers only; ttsi: adapt to the uncertain samples; ttd: to pairs that --teacher wrote; "
+                         "without any training: tticl: the pairs as examples in the prompt; vote: the majority of sampled answers; retry: sampled "
                          "again until an answer fits the tools' schema; again: asked once more", "what to run",
-                         choices=("base", "ttsi", "tticl", "vote", "retry", "again"))
+                         choices=("base", "ttsi", "ttd", "tticl", "vote", "retry", "again"))
+    teacher: str = option("", "for ttd: hub id or folder of the model that writes the pairs, such as a larger Qwen2.5", "what to run")
     seed: int = option(0, "seeds every draw, together with the sample's id", "what to run")
     limit: int = option(0, "only the first N samples (0: all)", "what to run")
     tau: float | str = option(0.95, "uncertain where the softmax difference is below tau, in [0, 1] (with another --gate-score: "
@@ -104,6 +105,9 @@ class Config:
 
     def __post_init__(self):
         choose_scores(self.scores)
+        if (self.method == "ttd") != bool(self.teacher):
+            raise ValueError("--method ttd needs --teacher, the model that writes the pairs" if self.method == "ttd" else
+                             f"--teacher {self.teacher}: only --method ttd has a teacher")
         for name, holds, allowed in (
                 ("tau", self.tau == "auto" or (0 <= self.tau <= 1 if self.gate_score == "margin" else math.isfinite(self.tau)),
                  "auto, or in [0, 1] for the margin"), ("budget", 0 <= self.budget <= 1 and not (self.budget and self.tau == "auto"),
@@ -156,10 +160,11 @@ def stage(records: Sequence[Record], name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Agent:
-    """The frozen model M with its tokenizer and the KV caches of the prefixes that it has read."""
+    """The frozen model M with its tokenizer and the KV caches of the prefixes that it has read, and its teacher if it has one."""
     model: Qwen2
     tokenizer: Tokenizer
     prefixes: PrefixCaches
+    teacher: "Agent | None" = None
 
 
 Example = tuple[list[int], list[int]]       # prompt ids, answer ids; the loss is on the answer's
@@ -297,7 +302,8 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, record
         RIVALS[config.method](agent, *zip(*todo), config)
         return records
     with stage([record for _, record in todo], "pairs"):                                      # l.5  G: K new (x', y')
-        written = synthesize(model, tokenizer, agent.prefixes, [sample for sample, _ in todo], config.k, config.pair,
+        writer = agent.teacher or agent                                 #     TT-D: a stronger model writes them
+        written = synthesize(writer.model, writer.tokenizer, writer.prefixes, [sample for sample, _ in todo], config.k, config.pair,
                              config.temperature, config.top_p, config.seed)
     for (_, record), (pairs, rejected) in zip(todo, written):
         record.pairs, record.rejected = [asdict(p) for p in pairs], [asdict(r) for r in rejected]
@@ -445,7 +451,7 @@ def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
         other = [f"{name} is {before.get(name)!r} there, {value!r} now" for name, value in asdict(config).items()
                  if name not in free and before.get(name) != value]
         then = evaluate.read_json(folder / "facts.json") if (folder / "facts.json").is_file() else now
-        other += [f"the {name} are others" for name in ("data", "weights") if then[name] != now[name]]
+        other += [f"the {name} changed" for name in ("data", "weights", "teacher") if then.get(name) != now.get(name)]
         if other:
             raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(other)}): choose another --out, "
                              "or start it anew with --overwrite")
@@ -640,7 +646,13 @@ def set_up(config: Config) -> tuple[Agent, list[Sample], dict[str, str]]:
         if (length := len(tokenizer.chat(call_prompt(sample)))) > room:
             raise ValueError(f"{sample.id}: its prompt of {length} tokens and an answer of {config.max_new_tokens} exceed the "
                              f"model's context of {model.config.max_position_embeddings}: lower --max-new-tokens, or leave it out")
-    return Agent(model, tokenizer, PrefixCaches(model)), samples, facts(model, everything)
+    found = facts(model, everything)
+    if not config.teacher:
+        return Agent(model, tokenizer, PrefixCaches(model)), samples, found
+    folder = TINY if config.teacher == "tiny" else find_checkpoint(config.teacher, config.offline, "--teacher")
+    teacher = load_model(folder, device, getattr(torch, config.dtype))
+    return Agent(model, tokenizer, PrefixCaches(model), Agent(teacher, Tokenizer(folder), PrefixCaches(teacher))), samples, \
+        {**found, "teacher": fingerprint(teacher)}
 
 
 def work(config: Config, rank: int, world: int) -> int:

@@ -55,6 +55,30 @@ def test_tticl_puts_the_pairs_before_the_request(agent, monkeypatch):
     assert [r.outcome for r in records] == ["adapted"] * 3 and not any(r.losses for r in records)
 
 
+def test_ttd_trains_on_what_the_teacher_writes(agent, monkeypatch):
+    wrote = []
+
+    def synthesize(model, tokenizer, prefixes, samples, *rest):
+        wrote.append(model)
+        return [([Pair("a request", (), "the teacher's text", 3)], [])] * len(samples)
+    monkeypatch.setattr(train, "synthesize", synthesize)
+    monkeypatch.setattr(train, "fine_tune", lambda agent, examples, *rest: wrote.append(examples) or [[0.0]] * len(examples))
+    teacher = Agent(load_model(TINY), agent.tokenizer, agent.prefixes)
+    run(dataclasses.replace(agent, teacher=teacher), "ttd", teacher="somewhere")
+    assert wrote[0] is teacher.model and agent.tokenizer.decode(wrote[1][0][0][1]).startswith("the teacher's text")
+
+
+@pytest.mark.parametrize("flags", [["--method", "ttd"], ["--teacher", "tiny"]])
+def test_a_teacher_and_ttd_belong_together(flags, capsys):
+    assert train.main(["--bench", "toolalpaca", *flags]) == 2 and "--teacher" in capsys.readouterr().err
+
+
+def test_a_run_with_a_teacher(tmp_path):
+    assert train.main(["--bench", "toolalpaca", "--model", "tiny", "--device", "cpu", "--limit", "2", "--method", "ttd", "--teacher", "tiny",
+                       "--out", str(tmp_path)]) == 0
+    assert "teacher" in evaluate.read_json(tmp_path / "facts.json")
+
+
 def test_again_shows_the_direct_answer_and_asks_once_more(agent, monkeypatch):
     prompts = asked(monkeypatch, agent)
     records = run(agent, "again")

@@ -131,7 +131,7 @@ def test_a_run_goes_on_only_with_its_data_and_weights_and_says_if_versions_diffe
     train.write_json(tmp_path / "facts.json", {**facts, name: "another"})
     run(tmp_path, code=code)
     printed = capsys.readouterr()
-    assert f"the {name} are others" in printed.err if code else f"begun with {name} another" in printed.out
+    assert f"the {name} changed" in printed.err if code else f"begun with {name} another" in printed.out
 
 
 def test_verify_names_each_thing_that_is_not_as_it_was(tmp_path, capsys):
