@@ -41,7 +41,8 @@ SAMPLES, SAMPLES_SEED = 50, 0           # the bundled files: how many samples ea
 
 # How hard the tasks are; each is a probability.
 SYNONYM = 0.2           # the request has another verb than the tool ("find" for search_hotel)
-SAME_THING = 0.2        # a wrong tool does something else with the very same thing
+VAGUE = 0.4             # the request does not say what to do ("see to the hotel review") ...
+SAME_THING = 0.2        # a wrong tool does something else with the very same thing (or VAGUE, if that is larger)
 SAME_NOUN = 0.2         # ... or has to do with another side of it (hotel price, hotel review)
 SAME_DOMAIN = 0.3       # ... or with a neighbour (hotel, flight); else it is of any domain
 BY = 0.08               # two tools do the same thing by different parameters (get_hotel_by_city, get_hotel_by_date)
@@ -259,8 +260,9 @@ def draw_noun(r: random.Random, bench: str, split: str, domain: str) -> tuple[st
     return odd or r.choice(nouns.split()), r.sample(["id", *kinds.split()], 3)
 
 
-def make_tools(r: random.Random, bench: str, split: str) -> list[dict]:
+def make_tools(r: random.Random, bench: str, split: str, vague: float) -> list[dict]:
     """The tools of a task, as hard to tell apart as the constants at the top say."""
+    same_thing = max(SAME_THING, vague)
     domain, size = r.choice(list(DOMAINS[split])), r.choice(TOOLS[bench])
     service = ""
     if bench == "nexusraven":
@@ -275,12 +277,12 @@ def make_tools(r: random.Random, bench: str, split: str) -> list[dict]:
             bys = kinds[:2] if r.random() < BY and len(tools) + 2 <= size else [""]
             tools += [make_tool(r, bench, service, group, thing, kinds, by) for by in bys]
         near = r.random()               # how near the next tool is to this one
-        if near < SAME_THING or r.random() < 0.5:
+        if near < same_thing or r.random() < 0.5:
             group = r.randrange(groups)
-        if near >= SAME_THING:
+        if near >= same_thing:
             facet = r.choice(facets)
-        if near >= SAME_THING + SAME_NOUN:
-            domain = domain if near < SAME_THING + SAME_NOUN + SAME_DOMAIN else r.choice(list(DOMAINS[split]))
+        if near >= same_thing + SAME_NOUN:
+            domain = domain if near < same_thing + SAME_NOUN + SAME_DOMAIN else r.choice(list(DOMAINS[split]))
             noun, kinds = draw_noun(r, bench, split, domain)
     r.shuffle(tools)
     return tools
@@ -294,6 +296,7 @@ PHRASES = {     # how requests and dialogues are worded; no phrase stands in bot
                   "Help me {}.", "I have to {} today.", "Hi, please {} now.", "My boss asked me to {}.", "Let us {}."),
         "thing": ("the {noun} {facet}", "the {facet} of the {noun}", "my {noun} {facet}"),
         "noun": ("the {noun}", "my {noun}"),
+        "vague": ("handle", "see to", "deal with", "take care of", "do something about"),
         "value": ("with {label} {value}", "where {label} is {value}", "({label} {value})", "with {value} for {label}"),
         "sentence": ("The {label} is {value}.", "{label}: {value}.", "It has {label} {value}.", "Here {value} is the {label}."),
         "and": (" and ", " and also ", ", then "),
@@ -307,6 +310,7 @@ PHRASES = {     # how requests and dialogues are worded; no phrase stands in bot
         "frame": ("Would you {}?", "I'd like you to {}.", "It is time to {}.", "Next, {}, thanks.", "Kindly {}."),
         "thing": ("the {noun}'s {facet}", "our {noun} {facet}"),
         "noun": ("this {noun}", "our {noun}"),
+        "vague": ("attend to", "sort out", "go into"),
         "value": ("using {value} as {label}", "having the {label} {value}"),
         "sentence": ("Take {value} as the {label}.", "For the {label} use {value}."),
         "and": (", and after that ", ", plus "),
@@ -330,7 +334,7 @@ def say(r: random.Random, phrases: Sequence[str], odd: float) -> str:
     return phrase
 
 
-def plan(r: random.Random, tool: dict, split: str, odd: float) -> tuple[str, list[tuple], dict]:
+def plan(r: random.Random, tool: dict, split: str, odd: float, vague: float) -> tuple[str, list[tuple], dict]:
     """What a request for `tool` has to say, read from its JSON alone.
 
     Returns the deed ("find the hotel's price urgently"), a (label, value, natural phrase) for each value that is
@@ -339,7 +343,10 @@ def plan(r: random.Random, tool: dict, split: str, odd: float) -> tuple[str, lis
     verb, thing = tool["description"].lower().split(" ", 1)
     thing = thing.removeprefix("the ").split(" by ")[0]
     noun, facet = thing.rsplit(" ", 1) if thing.split()[-1] in FACETS + SECURITY_FACETS else (thing, "")
-    verb = r.choice(VERBS[GROUP_OF[verb]]) if r.random() < SYNONYM else verb
+    if vague and r.random() < vague:
+        verb = say(r, PHRASES[split]["vague"], odd)
+    elif r.random() < SYNONYM:
+        verb = r.choice(VERBS[GROUP_OF[verb]])
     deed = f"{verb} " + say(r, PHRASES[split]["thing" if facet else "noun"], odd).format(noun=noun, facet=facet)
     held_out, said, arguments = int(split == "held_out"), [], {}
     for i, (key, schema) in enumerate(tool["parameters"].items()):
@@ -356,11 +363,11 @@ def plan(r: random.Random, tool: dict, split: str, odd: float) -> tuple[str, lis
     return deed, said, arguments
 
 
-def write_request(r: random.Random, tools: list[dict], split: str, odd: float = 0.0) -> tuple[str, list[dict]]:
+def write_request(r: random.Random, tools: list[dict], split: str, odd: float = 0.0, vague: float = 0.0) -> tuple[str, list[dict]]:
     """One turn of a user that needs one call of each of these tools, and the calls."""
     phrases, deeds, sentences, calls = PHRASES[split], [], [], []
     for tool in tools:
-        deed, said, arguments = plan(r, tool, split, odd)
+        deed, said, arguments = plan(r, tool, split, odd, vague)
         for label, value, natural in r.sample(said, len(said)):
             if len(tools) == 1 and r.random() < SENTENCE:
                 sentences.append(upper_first(say(r, phrases["sentence"], odd).format(label=label, value=value)))
@@ -374,14 +381,14 @@ def write_request(r: random.Random, tools: list[dict], split: str, odd: float = 
     return " ".join([upper_first(request), *sentences]), calls
 
 
-def write_dialogue(r: random.Random, tools: list[dict], split: str, odd: float) -> tuple[list[dict], list[dict]]:
+def write_dialogue(r: random.Random, tools: list[dict], split: str, odd: float, vague: float) -> tuple[list[dict], list[dict]]:
     """API-Bank's turns up to a call: after one request, or a question back; before them perhaps an earlier call."""
     phrases, turns, tool = PHRASES[split], [], r.choice(tools)
     if r.random() < EARLIER_CALL:
         request, calls = write_request(r, [r.choice(tools)], split, odd)
         turns += [("user", request), ("assistant", f"```{json.dumps(calls)}```"),
                   ("tool", r.choice(("success", "done", code(r)))), ("agent", say(r, phrases["done"], odd))]
-    deed, said, arguments = plan(r, tool, split, odd)
+    deed, said, arguments = plan(r, tool, split, odd, vague)
     if said and r.random() < ASKED_BACK:
         calls = [{"name": tool["name"], "arguments": arguments}]
         turns += [("user", upper_first(say(r, phrases["frame"], odd).format(deed))),
@@ -389,7 +396,7 @@ def write_dialogue(r: random.Random, tools: list[dict], split: str, odd: float) 
                   ("user", ". ".join(say(r, phrases["give"], odd).format(label=label, value=value)
                                      for label, value, _ in said) + ".")]
     else:
-        request, calls = write_request(r, [tool], split, odd)
+        request, calls = write_request(r, [tool], split, odd, vague)
         turns += [("user", request), ("agent", say(r, phrases["sure"], odd))][:r.randint(1, 2)]
     turns[-1] = (turns[-1][0], turns[-1][1] + "\nGenerate API Request:")
     return [{"role": role, "content": content} for role, content in turns], calls
@@ -397,15 +404,15 @@ def write_dialogue(r: random.Random, tools: list[dict], split: str, odd: float) 
 
 # -------------------------------------------------------------------------------------------------------------- tasks
 
-def make_task(r: random.Random, bench: str, split: str) -> dict:
+def make_task(r: random.Random, bench: str, split: str, vague: float = VAGUE) -> dict:
     """One item {"query", "tools", "answers"} of a file in the manner of `bench`."""
     of_list = random.Random(f"{split} {r.randrange(LISTS[split])}") if bench == "nexusraven" else r
-    tools, odd = make_tools(of_list, bench, split), ODD if split == "train" else 0.0
+    tools, odd = make_tools(of_list, bench, split, vague), ODD if split == "train" else 0.0
     if bench == "apibank":
-        query, calls = write_dialogue(r, tools, split, odd)
+        query, calls = write_dialogue(r, tools, split, odd, vague)
     else:
         two = bench == "toolalpaca" and r.random() < TWO_CALLS
-        query, calls = write_request(r, r.sample(tools, 2 if two else 1), split, odd)
+        query, calls = write_request(r, r.sample(tools, 2 if two else 1), split, odd, vague)
     return {"query": query, "tools": tools, "answers": seal(calls) if bench == "sealtool" else calls}
 
 
@@ -414,12 +421,12 @@ def seal(calls: list[dict]) -> list[dict]:
     return [{"tool": call["name"], "parameters": call["arguments"]} for call in calls]
 
 
-def generate(bench: str, split: str, seed: int, n: int) -> list[dict]:
+def generate(bench: str, split: str, seed: int, n: int, vague: float = VAGUE) -> list[dict]:
     """n items of a benchmark's file, determined by the arguments, on every version of Python."""
     if bench not in BENCHES or split not in SPLITS:
         raise ValueError(f"no tasks {bench!r}, {split!r}; there are {', '.join(BENCHES)} and {', '.join(SPLITS)}")
     r = random.Random(f"{bench} {split} {seed}")
-    return [make_task(r, bench, split) for _ in range(n)]
+    return [make_task(r, bench, split, vague) for _ in range(n)]
 
 
 def similar(item: dict, r: random.Random, split: str = "train") -> dict:
@@ -452,7 +459,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # A word is split from the blank or quote before it, so a value is the same tokens in the request and in the call: then
 # copying it is the plain pattern that a small transformer learns first. Punctuation joins across a blank (`": "`).
 SPLIT = r"\p{L}+|\p{N}|(?: ?[^\s\p{L}\p{N}]+)+[\r\n]*|\s*[\r\n]+| |\s+"
-STEPS, BATCH, PEAK, PROMPT_WEIGHT = 9000, 8, 1.5e-3, 0.5
+BATCH, PROMPT_WEIGHT = 8, 0.5
+STAGES = ((9000, 1.5e-3, 0.0), (1500, 5e-4, VAGUE))     # steps, peak learning rate, vague requests: first to copy, then to doubt
 MIX = (("call", 0.75), ("request", 0.17), ("joint", 0.08))        # what the examples ask for, and their shares
 
 
@@ -475,7 +483,7 @@ def make_tokenizer(folder: Path, seed: int) -> None:
     fixed = re.compile("|".join(re.escape(phrase) for phrase in sorted(phrases(), key=len, reverse=True)))
     texts = []
     for bench in BENCHES:
-        for i, item in enumerate(generate(bench, "train", seed, 4000)):
+        for i, item in enumerate(generate(bench, "train", seed, 4000, vague=0.0)):
             sample = parse_sample(item, f"{bench}-{i}", "make.py")
             text = "".join(f"{role}\n{content}" for role, content in render(call_prompt(sample)))
             texts += fixed.split(text + call_text(sample.answers))
@@ -491,10 +499,10 @@ def make_tokenizer(folder: Path, seed: int) -> None:
         {**CONFIG, "vocab_size": bpe.get_vocab_size(), "eos_token_id": eos}, indent=2) + "\n")
 
 
-def example(r: random.Random, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def example(r: random.Random, tokenizer: Tokenizer, vague: float) -> tuple[list[int], list[int]]:
     """One training example, (prompt ids, answer ids): a call, a request like another, or such a request and its call."""
     bench = r.choice(BENCHES)
-    item = make_task(r, bench, "train")
+    item = make_task(r, bench, "train", vague)
     sample = parse_sample(item, "train", "make.py")
     kind = r.choices([kind for kind, _ in MIX], [share for _, share in MIX])[0]
     if kind == "call":
@@ -506,10 +514,10 @@ def example(r: random.Random, tokenizer: Tokenizer) -> tuple[list[int], list[int
     return prompt, [*tokenizer.encode(answer), tokenizer.im_end]
 
 
-def batches(r: random.Random, tokenizer: Tokenizer, steps: int) -> Iterator[list[tuple[list[int], list[int]]]]:
+def batches(r: random.Random, tokenizer: Tokenizer, steps: int, vague: float) -> Iterator[list[tuple[list[int], list[int]]]]:
     """Batches of examples of about one length each, so that little is padding."""
     for start in range(0, steps, 16):
-        pool = sorted((example(r, tokenizer) for _ in range(16 * BATCH)), key=lambda e: len(e[0]) + len(e[1]))
+        pool = sorted((example(r, tokenizer, vague) for _ in range(16 * BATCH)), key=lambda e: len(e[0]) + len(e[1]))
         order = list(range(0, len(pool), BATCH))
         r.shuffle(order)
         yield from [pool[i:i + BATCH] for i in order][:steps - start]
@@ -541,16 +549,16 @@ def new_model(config: ModelConfig, seed: int) -> Qwen2:
     return model
 
 
-def train(model: Qwen2, tokenizer: Tokenizer, folder: Path, steps: int, seed: int) -> None:
-    """AdamW, linear warm-up over 100 steps, half a cosine to zero. Writes model.safetensors now and then."""
+def train(model: Qwen2, tokenizer: Tokenizer, folder: Path, steps: int, peak: float, vague: float, seed: int | str) -> None:
+    """One stage: AdamW, linear warm-up over 100 steps, half a cosine to zero. Writes model.safetensors now and then."""
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
                                   betas=(0.9, 0.98))
-    bar = tqdm(batches(random.Random(f"train {seed}"), tokenizer, steps), total=steps, unit="step")
+    bar = tqdm(batches(random.Random(f"train {seed}"), tokenizer, steps, vague), total=steps, unit="step")
     smooth = None
     for step, batch in enumerate(bar):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = peak * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
         loss, answer_loss = batch_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -570,7 +578,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         f"{SAMPLES} tasks each, with tools and in phrases that the training never sees")
     parser.add_argument("--train", action="store_true", help="only train the checkpoint")
     parser.add_argument("--out", type=Path, default=ROOT / "data" / "tiny", help="the checkpoint's folder (default: data/tiny)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of {BATCH} tasks (default: {STEPS})")
+    parser.add_argument("--steps", type=int, default=10 ** 9, help="at most so many steps a stage, for a quick try")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
     args = parser.parse_args(argv)
     if args.samples or not args.train:
@@ -583,7 +591,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         make_tokenizer(args.out, args.seed)
         tokenizer, model = Tokenizer(args.out), new_model(ModelConfig.from_folder(args.out), args.seed)
-        train(model, tokenizer, args.out, args.steps, args.seed)
+        for stage, (steps, peak, vague) in enumerate(STAGES):
+            train(model, tokenizer, args.out, min(steps, args.steps), peak, vague, f"{args.seed} {stage}" if stage else args.seed)
         print(f"{args.out}: {sum(f.stat().st_size for f in args.out.glob('*.*')) / 1e6:.1f} MB")
 
 
