@@ -114,8 +114,8 @@ def read_json(path: Path) -> dict:
 
 ANSWER = {"text": str, "exact": bool, "reason": str, "strict": bool, "parsed": bool, "name_correct": bool, "name_f1": float,
           "argument_f1": float}
-RECORD = {"id": str, "request": str, "margin": float, "uncertain": bool, "gate": str, "tau": float, "scores": {...: float}, "candidates": {...: float}, "outcome": str,
-          "base": ANSWER, "answer": ANSWER, "pairs": [{"request": str, "calls": [dict], "votes": int}],
+RECORD = {"id": str, "request": str, "margin": float, "uncertain": bool, "gate": str, "tau": float, "scores": {...: float},
+          "candidates": {...: float}, "outcome": str, "base": ANSWER, "answer": ANSWER, "pairs": [{"request": str, "calls": [dict], "votes": int}],
           "rejected": [{"text": str, "reason": str}], "losses": [float], "sampled": [ANSWER], "gold": str, "reachable": bool, "seconds": {...: float}}
 
 
@@ -286,64 +286,75 @@ def grid(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def with_intervals(found: dict[str, float], drawn: dict[str, torch.Tensor], digits: int = 2) -> list[str]:
+    """Measures as "0.71 [0.58, 0.83]"."""
+    return ["{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(value, *interval(drawn[name]), d=digits) for name, value in found.items()]
+
+
+def compare_scores(scores: dict[str, torch.Tensor], error: torch.Tensor) -> tuple[str, dict[str, str]]:
+    """Which score ranks the errors first: a table, best first, and the AUROC of each."""
+    if error.sum() in (0, len(error)):
+        return f"Nothing can be ranked: all {len(error)} direct answers are {'wrong' if error.any() else 'right'}.", {}
+    found = {name: ranking(score, error) for name, score in scores.items()}
+    drawn = {name: bootstrap(ranking, score, error) for name, score in scores.items()}
+    order = sorted(found, key=lambda name: -found[name]["AUROC"])
+    rows, areas = [["score", *RANKING, "beside the best"]], {}
+    for name in order:
+        low, high = interval(drawn[order[0]]["AUROC"] - drawn[name]["AUROC"])
+        cells = with_intervals(found[name], drawn[name])
+        rows.append([name, *cells, "the best" if name == order[0] else "within noise" if low <= 0 <= high else "worse"])
+        areas[name] = cells[0]
+    return grid(rows) + ("\nWithin noise: the 95 % interval of the difference in AUROC to the best, over the same resamples, "
+                         "holds 0."), areas
+
+
+def judge_calibration(records: Sequence[dict]) -> str:
+    """Whether p(1) is the probability that the first candidate is the gold's, as it is and after temperature scaling."""
+    l, gold, p = first_choice(records)
+    if not l:
+        return "p(1): no sample has more than one candidate."
+    right = torch.tensor([float(row.argmax() == g) for row, g in zip(l, gold)])
+    rows = [["p(1)", "right", *calibration(p, right)]]
+    for name, q in (("as it is", p), ("temperature, cross-fitted", cross_fitted(l, gold))):
+        rows.append([name, f"{right.mean():.2f}", *with_intervals(calibration(q, right), bootstrap(calibration, q, right, times=200), 3)])
+    return f"Is p(1) the probability that the first candidate is the gold's tool ({len(l)} samples with more than one)?\n" + grid(rows)
+
+
+def judge_gate(records: Sequence[dict], score: torch.Tensor, error: torch.Tensor, gain: torch.Tensor) -> str:
+    """What the gate is worth, at its tau and at matched budgets: against wrong answers, and where it adapted, in gain."""
+    n, gate, flagged = len(records), records[0]["gate"], torch.tensor([r["uncertain"] for r in records])
+    adapted = any(r["outcome"] not in ("certain", "direct") for r in records)
+    gated = {f"at tau {records[0]['tau']:.3g}: {flagged.double().mean():.0%}": flagged} | {
+        f"budget {share} %": score > threshold_between(score.tolist(), round(share / 100 * n)) for share in range(10, 101, 10)}
+    rows = [["adapted", "TPR", "FPR", "precision", *(["fixed", "harmed", "gain"] if adapted else [])]]
+    for label, on in gated.items():
+        gains = [int((gain[on] > 0).sum()), int((gain[on] < 0).sum()), f"{100 * gain[on].sum() / n:+.1f}"]
+        rows.append([label, *with_intervals(gate_rates(on, error), bootstrap(gate_rates, on, error, times=300)),
+                     *(map(str, gains) if adapted else [])])
+    text = [f"Is the gate ({gate}) useful? Adapted against: the direct answer is wrong", grid(rows)]
+    if "nan" in text[-1]:
+        text.append("nan: there is no wrong (TPR), no right (FPR) or no adapted (precision) sample to take the share of.")
+    if adapted:
+        worth, fixes = gain_budget(score, gain), gate_rates(flagged, gain > 0)
+        low, high = interval(bootstrap(lambda s, g: {"Qini": gain_budget(s, g)["Qini"]}, score, gain)["Qini"])
+        best, ideal, now = 100 * worth["curve"].max().item(), 100 * worth["ideal"], 100 * gain.mean().item()
+        text += [f"Against \"adapting fixes it\": TPR {fixes['TPR']:.2f}, FPR {fixes['FPR']:.2f}, precision {fixes['precision']:.2f}. "
+                 f"Qini {100 * worth['Qini']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] over a random gate.",
+                 f"The ideal gate gains {ideal:.1f} points, the best tau {best:.1f}, this one {now:.1f}: regret {best - now:.1f} to the best "
+                 f"tau, {ideal - now:.1f} to the ideal gate. What was not adapted counts as a gain of 0."]
+    return "\n".join(text)
+
+
 def uncertainty_report(folder: Path) -> tuple[str, dict[str, str]]:
-    """All scores of a run compared, best first, with 95 % bootstrap intervals; calibration; and what the gate is worth.
+    """All scores of a run compared, the calibration of p(1), and what the gate is worth, with 95 % bootstrap intervals.
     Also the AUROC of each score, for a table of several runs."""
     records = read_records(folder)
     if not records:
         raise ValueError(f"{folder}: no finished sample yet")
     scores, error, gain = columns(records)
-    n, wrong, areas = len(records), int(error.sum()), {}
-    text = [f"{printable(folder.name)}: {n} samples, {wrong} direct answers wrong. Does a score rank those first?"]
-    if wrong in (0, n):
-        text.append(f"Nothing can be ranked: all {n} direct answers are {'wrong' if wrong else 'right'}.")
-    else:
-        drawn = {name: bootstrap(ranking, score, error) for name, score in scores.items()}
-        found = {name: ranking(score, error) for name, score in scores.items()}
-        best = max(found, key=lambda name: found[name]["AUROC"])
-        rows = [["score", *RANKING, "beside the best"]]
-        for name in sorted(found, key=lambda name: -found[name]["AUROC"]):
-            low, high = interval(drawn[best]["AUROC"] - drawn[name]["AUROC"])
-            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(found[name][m], *interval(drawn[name][m])) for m in RANKING]
-            areas[name] = cells[0]
-            rows.append([name, *cells, "the best" if name == best else "within noise" if low <= 0 <= high else "worse"])
-        text.append(grid(rows))
-        text.append("Within noise: the 95 % interval of the difference in AUROC to the best, over the same resamples, holds 0.")
-    l, gold, p = first_choice(records)
-    if l:
-        right = torch.tensor([float(row.argmax() == g) for row, g in zip(l, gold)])
-        rows = [["p(1)", "right", *calibration(p, right)]]
-        for name, q in (("as it is", p), ("temperature, cross-fitted", cross_fitted(l, gold))):
-            drawn = bootstrap(calibration, q, right, times=200)
-            rows.append([name, f"{right.mean():.2f}", *("{:.3f} [{:.3f}, {:.3f}]".format(value, *interval(drawn[m]))
-                                                         for m, value in calibration(q, right).items())])
-        text += ["", f"Is p(1) the probability that the first candidate is the gold's tool ({len(l)} samples with more than one)?", grid(rows)]
-    gate = records[0]["gate"]
-    score, flagged = scores[gate], torch.tensor([r["uncertain"] for r in records])
-    adapted = any(r["outcome"] not in ("certain", "direct") for r in records)
-    rows = [["adapted", "TPR", "FPR", "precision", *(["fixed", "harmed", "gain"] if adapted else [])]]
-    rank = cumulative(score, torch.ones(n))
-    for share in (None, *range(10, 101, 10)):
-        if share is None:
-            gated, label = flagged, f"at tau {records[0]['tau']:.3g}: {flagged.double().mean():.0%}"
-        else:
-            gated, label = score > threshold_between(score.tolist(), round(share / 100 * n)), f"budget {share} %"
-        drawn = bootstrap(gate_rates, gated, error, times=300)
-        rows.append([label, *("{:.2f} [{:.2f}, {:.2f}]".format(value, *interval(drawn[m])) for m, value in gate_rates(gated, error).items())] +
-                    ([str(int((gain[gated] > 0).sum())), str(int((gain[gated] < 0).sum())), f"{100 * gain[gated].sum() / n:+.1f}"] if adapted else []))
-    text += ["", f"Is the gate ({gate}) useful? Adapted against: the direct answer is wrong", grid(rows)]
-    if "nan" in text[-1]:
-        text.append("nan: there is no wrong (TPR), no right (FPR) or no adapted (precision) sample to take the share of.")
-    if adapted:
-        worth = gain_budget(score, gain)
-        low, high = interval(bootstrap(lambda s, g: {"Qini": gain_budget(s, g)["Qini"]}, score, gain)["Qini"])
-        fixes = gate_rates(flagged, gain > 0)
-        text.append(f"Against \"adapting fixes it\": TPR {fixes['TPR']:.2f}, FPR {fixes['FPR']:.2f}, precision {fixes['precision']:.2f}. "
-                    f"Qini {100 * worth['Qini']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] over a random gate. The ideal gate gains "
-                    f"{100 * worth['ideal']:.1f} points, the best tau {100 * worth['curve'].max():.1f}, this one {100 * gain.sum() / n:.1f}: "
-                    f"regret {100 * (worth['curve'].max() - gain.sum() / n):.1f} to the best tau, {100 * (worth['ideal'] - gain.sum() / n):.1f} "
-                    "to the ideal gate. What was certain was not adapted, so its gain counts as 0.")
-    return "\n".join(text), areas
+    table, areas = compare_scores(scores, error)
+    return "\n".join([f"{printable(folder.name)}: {len(records)} samples, {int(error.sum())} direct answers wrong. Does a score rank those "
+                      "first?", table, "", judge_calibration(records), "", judge_gate(records, scores[records[0]["gate"]], error, gain)]), areas
 
 
 def plot(folder: Path, into: Path) -> list[Path]:

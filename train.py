@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -42,8 +42,6 @@ from uncertainty import ORDERS, SCORES, Evidence, answer_parts, choose_scores, e
 
 TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
-
-
 BATCH_TOKENS = 1 << 15  # of the prompts that are adapted to together on a GPU
 
 
@@ -61,8 +59,8 @@ class Config:
     model: str = option("", "hub id, folder, or 'tiny', the bundled one (default: Qwen/Qwen2.5-1.5B-Instruct on a GPU, else tiny)",
                         "what to run")
     method: str = option("ttsi", "base: direct answers only; ttsi: adapt to the uncertain samples; ttd: to pairs that --teacher wrote; "
-                         "without any training: tticl: the pairs as examples in the prompt; vote: the majority of sampled answers; retry: sampled "
-                         "again until an answer fits the tools' schema; again: asked once more", "what to run",
+                         "without any training: tticl: the pairs as examples in the prompt; vote: the majority of sampled answers; "
+                         "retry: sampled again until an answer fits the tools' schema; again: asked once more", "what to run",
                          choices=("base", "ttsi", "ttd", "tticl", "vote", "retry", "again"))
     teacher: str = option("", "for ttd: hub id or folder of the model that writes the pairs, such as a larger Qwen2.5", "what to run")
     seed: int = option(0, "seeds every draw, together with the sample's id", "what to run")
@@ -80,8 +78,8 @@ class Config:
     k: int = option(1, "synthetic pairs for each uncertain sample", "G, synthetic pairs")
     pair: str = option("request", "joint (paper): request and call in one go; request (ours): the request, then the majority "
                        "of sampled calls that fit the schema", "G, synthetic pairs", choices=("joint", "request"))
-    temperature: float = option(0.7, "of the sampling of pairs", "G, synthetic pairs")
-    top_p: float = option(0.95, "nucleus of the sampling of pairs, in (0, 1]", "G, synthetic pairs")
+    temperature: float = option(0.7, "of all sampling", "G, synthetic pairs")
+    top_p: float = option(0.95, "nucleus of all sampling, in (0, 1]", "G, synthetic pairs")
     adapt: str = option("full", "full (paper): the adapter acts on every token; suffix (ours): only on those after the tools, "
                         "which is cheaper", "T, test-time fine-tuning", choices=("full", "suffix"))
     rank: int = option(8, "rank r of the LoRA adapters", "T, test-time fine-tuning")
@@ -91,7 +89,8 @@ class Config:
     lr: float = option(0.0, "peak learning rate of AdamW (default: 1e-4, the paper's; 2e-3 for the tiny model)",
                        "T, test-time fine-tuning")
     warmup: float = option(0.03, "share of the steps that warm up", "T, test-time fine-tuning")
-    samples: int = option(5, "answers sampled, at --temperature, for vote, for retry, and for the scores of sampled answers", "answers and run folder")
+    samples: int = option(5, "answers sampled, at --temperature, for vote, for retry, and for the scores of sampled answers",
+                          "answers and run folder")
     batch: int = option(0, "samples adapted together, each with its own adapter (0: 1 on a CPU, on a GPU as many as fit "
                         f"{BATCH_TOKENS} prompt tokens); changes no result", "answers and run folder")
     max_new_tokens: int = option(256, "longest answer, in tokens", "answers and run folder")
@@ -108,6 +107,9 @@ class Config:
         if (self.method == "ttd") != bool(self.teacher):
             raise ValueError("--method ttd needs --teacher, the model that writes the pairs" if self.method == "ttd" else
                              f"--teacher {self.teacher}: only --method ttd has a teacher")
+        if self.gate_score != "margin" and self.tau == Config.tau and not self.budget:
+            raise ValueError(f"--gate-score {self.gate_score}: {self.tau} is the margin's tau; choose one in this score's own units, "
+                             "or --tau auto, or a --budget")
         for name, holds, allowed in (
                 ("tau", self.tau == "auto" or (0 <= self.tau <= 1 if self.gate_score == "margin" else math.isfinite(self.tau)),
                  "auto, or in [0, 1] for the margin"), ("budget", 0 <= self.budget <= 1 and not (self.budget and self.tau == "auto"),
@@ -189,7 +191,7 @@ def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Param
         batch = [own[step % len(own)] for own in examples]
         ids = pad([[*prompt, *answer[:-1]] for prompt, answer in batch], device)[0]         # padded behind: nobody looks there
         hidden = model(ids, None if prefix is None else prefix.fork())
-        loss = torch.stack([F.cross_entropy(model.logits(h[len(prompt) - 1:len(prompt) + len(answer) - 1]), torch.tensor(answer, device=device))
+        loss = torch.stack([F.cross_entropy(model.logits(h[len(prompt) - 1:][:len(answer)]), torch.tensor(answer, device=device))
                             for h, (prompt, answer) in zip(hidden, batch)])                 # (B,)
         grads = torch.autograd.grad(loss.sum(), tensors)                                    # a row's adapter is in its own loss only
         norm = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()     # (B,)
@@ -221,7 +223,8 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def answer(agent: Agent, prompts: Sequence[list[int]], config: Config, cache: KVCache | None = None, watch=None) -> list[tuple[dict, int]]:
+def answer(agent: Agent, prompts: Sequence[list[int]], config: Config, cache: KVCache | None = None,
+           watch: Callable | None = None) -> list[tuple[dict, int]]:
     """Greedy decoding of the answers to prompts, which continue `cache`, by adapters where there are any; and their lengths."""
     rows = generate(agent.model, prompts, agent.tokenizer.eos, config.max_new_tokens, cache, watch=watch,
                     keep=lambda places: keep_rows(agent.model, places))
@@ -294,8 +297,8 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, record
         record.uncertain = record.margin < config.tau if config.gate_score == "margin" else \
             not record.scores[config.gate_score] <= config.tau          #     where a score is not defined, nothing is sure
         record.outcome = "direct" if record.uncertain else "certain"                          # l.4  sure enough: answer as is
-    acts = {"score": lambda record: record.uncertain, "certain": lambda record: not record.uncertain, "all": lambda record: True}[config.gate]
-    todo = [(sample, record) for sample, record in zip(samples, records) if acts(record)]
+    todo = [(sample, record) for sample, record in zip(samples, records)
+            if config.gate == "all" or record.uncertain == (config.gate == "score")]
     if not todo or config.method == "base":
         return records
     if config.method in RIVALS:
@@ -396,7 +399,8 @@ def sampled_answers(agent: Agent, samples: Sequence[Sample], config: Config) -> 
                         [[(config.seed, s.id, "sample", i) for i in range(config.samples)] for s in samples])
 
 
-ASK_AGAIN = "You were not sure of this answer. Think again from the start, and answer with nothing but the tool calls that the request needs."
+ASK_AGAIN = ("You were not sure of this answer. Think again from the start, and answer with nothing but the tool calls that the "
+             "request needs.")
 RIVALS = {"vote": vote, "retry": retry, "again": ask_again}
 
 
@@ -525,7 +529,8 @@ def wait_for_all(world: int) -> None:
         raise KeyboardInterrupt from error
 
 
-def choose_tau(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int, world: int) -> tuple[Config, dict]:
+def choose_tau(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int,
+               world: int) -> tuple[Config, dict[str, dict]]:
     """For --budget and --tau auto: H over all samples, then tau from its scores. Gives the config with that tau, and the
     record of each sample so far; they are kept in assessed-<rank>.jsonl, so that nothing of H is computed twice."""
     def assessed(): return {line["id"]: line for path in sorted(folder.glob("assessed-*.jsonl")) for line in map(json.loads, path.open())}

@@ -227,6 +227,10 @@ def test_a_budget_adapts_that_share_by_any_score_and_assesses_nothing_twice(tmp_
     assert run(tmp_path / "b", "--budget", "0.4") == records
 
 
+def test_another_score_needs_a_threshold_of_its_own(capsys):
+    assert main(["--bench", "sealtool", "--gate-score", "entropy"]) == 2 and "--budget" in capsys.readouterr().err
+
+
 def test_tau_auto_needs_no_label_and_the_table_has_its_regret(tmp_path, capsys):
     records = run(tmp_path, "--tau", "auto")
     tau = records[0]["tau"]
