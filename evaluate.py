@@ -115,8 +115,9 @@ def read_json(path: Path) -> dict:
 ANSWER = {"text": str, "exact": bool, "reason": str, "strict": bool, "parsed": bool, "name_correct": bool, "name_f1": float,
           "argument_f1": float}
 RECORD = {"id": str, "request": str, "margin": float, "uncertain": bool, "gate": str, "tau": float, "scores": {...: float},
-          "candidates": {...: float}, "outcome": str, "base": ANSWER, "answer": ANSWER, "pairs": [{"request": str, "calls": [dict], "votes": int}],
-          "rejected": [{"text": str, "reason": str}], "losses": [float], "sampled": [ANSWER], "gold": str, "reachable": bool, "seconds": {...: float}}
+          "candidates": {...: float}, "outcome": str, "base": ANSWER, "answer": ANSWER,
+          "pairs": [{"request": str, "calls": [dict], "votes": int}], "rejected": [{"text": str, "reason": str}], "losses": [float],
+          "sampled": [ANSWER], "gold": str, "reachable": bool, "seconds": {...: float}}
 
 
 def fits(value, shape) -> bool:
@@ -353,8 +354,9 @@ def uncertainty_report(folder: Path) -> tuple[str, dict[str, str]]:
         raise ValueError(f"{folder}: no finished sample yet")
     scores, error, gain = columns(records)
     table, areas = compare_scores(scores, error)
-    return "\n".join([f"{printable(folder.name)}: {len(records)} samples, {int(error.sum())} direct answers wrong. Does a score rank those "
-                      "first?", table, "", judge_calibration(records), "", judge_gate(records, scores[records[0]["gate"]], error, gain)]), areas
+    title = f"{printable(folder.name)}: {len(records)} samples, {int(error.sum())} direct answers wrong. Does a score rank those first?"
+    gate = judge_gate(records, scores[records[0]["gate"]], error, gain)
+    return "\n".join([title, table, "", judge_calibration(records), "", gate]), areas
 
 
 def plot(folder: Path, into: Path) -> list[Path]:
@@ -464,7 +466,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", metavar="ID", help="tell the story of one sample of the run")
     parser.add_argument("--uncertainty", action="store_true", help="compare the uncertainty scores of each run: which ranks the wrong "
                         "answers first, is p(1) calibrated, what is the gate worth")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures of the run to this folder (of several runs: to folders in it); needs matplotlib")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures of the run to this folder (of several runs: to folders "
+                        "in it); needs matplotlib")
     parser.add_argument("--verify", action="store_true", help="check the runs: a record for every sample, configuration and data "
                         "unchanged, every verdict as it would be given now, base weights the same before and after")
     args = parser.parse_args(argv)

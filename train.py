@@ -355,8 +355,9 @@ def in_context(agent: Agent, samples: Sequence[Sample], records: Sequence[Record
 
 def ask_again(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
     """The cheapest second look: the direct answer is shown to the model, which is asked once more."""
-    answer_again(agent, [[*call_prompt(sample), {"role": "assistant", "content": record.base["text"]}, {"role": "user", "content": ASK_AGAIN}]
-                         for sample, record in zip(samples, records)], records, config)
+    prompts = [[*call_prompt(sample), {"role": "assistant", "content": record.base["text"]}, {"role": "user", "content": ASK_AGAIN}]
+               for sample, record in zip(samples, records)]
+    answer_again(agent, prompts, records, config)
 
 
 def answer_again(agent: Agent, prompts: Sequence[list[dict]], records: Sequence[Record], config: Config) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
 from model import KVCache, Qwen2, Tokenizer, pad, seeded
 
@@ -339,12 +338,13 @@ def calibration(p: torch.Tensor, right: torch.Tensor) -> dict[str, float]:
     p, right = p.double(), right.double()
     likelihood = torch.where(right > 0, p, 1 - p).clamp(min=1e-12)
     return {"ECE": sum(w * gap for w, gap in gaps(False)), "ECE (equal mass)": sum(w * gap for w, gap in gaps(True)),
-            "MCE": max(gap for _, gap in gaps(False)), "Brier": (p - right).square().mean().item(), "NLL": -likelihood.log().mean().item()}
+            "MCE": max(gap for _, gap in gaps(False)), "Brier": (p - right).square().mean().item(),
+            "NLL": -likelihood.log().mean().item()}
 
 
 def temperature(scores: Sequence[torch.Tensor], gold: Sequence[int]) -> float:
     """The T that gives the gold candidates of softmax(l / T) the least NLL, by golden-section search over log T in [-3, 5]."""
-    def nll(log_t): return sum(F.cross_entropy(l[None].double() / math.exp(log_t), torch.tensor([g])).item() for l, g in zip(scores, gold))
+    def nll(log_t): return -sum((l.double() / math.exp(log_t)).log_softmax(-1)[g].item() for l, g in zip(scores, gold))
     low, high, shrink = -3.0, 5.0, (5 ** 0.5 - 1) / 2
     while high - low > 1e-3:
         a, b = high - shrink * (high - low), low + shrink * (high - low)
