@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from data import Sample, load
+from data import Sample, call_text, load
 from data.calls import Call, call_key, parse_calls
 from uncertainty import RANKING, SCORES, bootstrap, calibration, cross_fitted, cumulative, gain_budget, gate_rates, interval, ranking, \
     reliability, risk_coverage, threshold_between
@@ -178,11 +178,16 @@ def verify(folder: Path) -> list[str]:
         wrong.append(f"{len(missing)} samples have no record, the first is {missing[0]}")
     if strange := sorted(records.keys() - known.keys()):
         wrong.append(f"{len(strange)} records are of no sample, the first is {strange[0]}")
-    for id in records.keys() & known.keys():
-        for when in ("base", "answer"):
-            now = asdict(exact_match(records[id][when]["text"], known[id]))
-            if other := [name for name, value in now.items() if records[id][when][name] != value]:
+    for id in sorted(records.keys() & known.keys()):
+        record, sample = records[id], known[id]
+        for when, part in (("base", record["base"]), ("answer", record["answer"]), *(("a sampled answer", s) for s in record["sampled"])):
+            now = asdict(exact_match(part["text"], sample))
+            if other := [name for name, value in now.items() if part.get(name) != value]:
                 wrong.append(f"{id}: of {when}, {', '.join(other)} would be scored otherwise now")
+        if (record["gold"], record["reachable"]) != (call_text(sample.answers), reachable(sample)):
+            wrong.append(f"{id}: the gold calls are others")
+        if record["gate"] == "margin" and record["uncertain"] != (record["margin"] < record["tau"]):
+            wrong.append(f"{id}: uncertain is not what margin and tau say")
     return wrong
 
 
@@ -197,7 +202,8 @@ def summarise(records: Sequence[dict]) -> dict:
     return {
         "n": n, "uncertain": sum(r["uncertain"] for r in records),
         **{name: sum(r["outcome"] == outcome for r in records) for name, outcome in
-           (("adapted", "adapted"), ("no_pair", "no pair"), ("non_finite", "non-finite"), ("out_of_memory", "out of memory"))},
+           (("adapted", "adapted"), ("no_pair", "no pair"), ("non_finite", "non-finite"), ("out_of_memory", "out of memory"),
+            ("too_long", "too long"))},
         "base_accuracy": mean(b for b, _ in right), "accuracy": mean(a for _, a in right),
         "fixed": sum(a and not b for b, a in right), "harmed": sum(b and not a for b, a in right),
         **{f"{when}_{measure}": mean(float(r[when][measure]) for r in records)
@@ -246,6 +252,8 @@ def table(folders: Sequence[Path]) -> str:
             notes.append(f"{folder.name}: {summary['non_finite']} adaptations were not finite and were dropped")
         if summary["out_of_memory"]:
             notes.append(f"{folder.name}: {summary['out_of_memory']} adaptations did not fit into the memory; the direct answers stand")
+        if summary["too_long"]:
+            notes.append(f"{folder.name}: {summary['too_long']} adaptations exceeded the model's context; the direct answers stand")
         if summary["reachable"] < 1:
             notes.append(f"{folder.name}: at most {summary['reachable']:.1%} can be reached: elsewhere a gold call's tool is not offered")
     return "\n".join([grid(rows), *notes])
@@ -321,12 +329,13 @@ def judge_calibration(records: Sequence[dict]) -> str:
     return f"Is p(1) the probability that the first candidate is the gold's tool ({len(l)} samples with more than one)?\n" + grid(rows)
 
 
-def judge_gate(records: Sequence[dict], score: torch.Tensor, error: torch.Tensor, gain: torch.Tensor) -> str:
-    """What the gate is worth, at its tau and at matched budgets: against wrong answers, and where it adapted, in gain."""
+def judge_gate(records: Sequence[dict], score: torch.Tensor, error: torch.Tensor, gain: torch.Tensor, acted: str) -> str:
+    """What the gate is worth, at its tau and at matched budgets: against wrong answers, and where it adapted, in gain.
+    acted: the run's --gate."""
     n, gate, flagged = len(records), records[0]["gate"], torch.tensor([r["uncertain"] for r in records])
-    adapted = any(r["outcome"] not in ("certain", "direct") for r in records)
+    adapted = acted != "certain" and any(r["outcome"] not in ("certain", "direct") for r in records)
     gated = {f"at tau {records[0]['tau']:.3g}: {flagged.double().mean():.0%}": flagged} | {
-        f"budget {share} %": score > threshold_between(score.tolist(), round(share / 100 * n)) for share in range(10, 101, 10)}
+        f"budget {share} %": ~(score <= threshold_between(score.tolist(), round(share / 100 * n))) for share in range(10, 101, 10)}
     rows = [["adapted", "TPR", "FPR", "precision", *(["fixed", "harmed", "gain"] if adapted else [])]]
     for label, on in gated.items():
         gains = [int((gain[on] > 0).sum()), int((gain[on] < 0).sum()), f"{100 * gain[on].sum() / n:+.1f}"]
@@ -338,7 +347,7 @@ def judge_gate(records: Sequence[dict], score: torch.Tensor, error: torch.Tensor
     if adapted:
         worth, fixes = gain_budget(score, gain), gate_rates(flagged, gain > 0)
         low, high = interval(bootstrap(lambda s, g: {"Qini": gain_budget(s, g)["Qini"]}, score, gain)["Qini"])
-        best, ideal, now = 100 * worth["curve"].max().item(), 100 * worth["ideal"], 100 * gain.mean().item()
+        best, ideal, now = 100 * worth["curve"].max().item(), 100 * worth["ideal"], 100 * gain[flagged].sum().item() / n
         text += [f"Against \"adapting fixes it\": TPR {fixes['TPR']:.2f}, FPR {fixes['FPR']:.2f}, precision {fixes['precision']:.2f}. "
                  f"Qini {100 * worth['Qini']:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}] over a random gate.",
                  f"The ideal gate gains {ideal:.1f} points, the best tau {best:.1f}, this one {now:.1f}: regret {best - now:.1f} to the best "
@@ -355,7 +364,7 @@ def uncertainty_report(folder: Path) -> tuple[str, dict[str, str]]:
     scores, error, gain = columns(records)
     table, areas = compare_scores(scores, error)
     title = f"{printable(folder.name)}: {len(records)} samples, {int(error.sum())} direct answers wrong. Does a score rank those first?"
-    gate = judge_gate(records, scores[records[0]["gate"]], error, gain)
+    gate = judge_gate(records, scores[records[0]["gate"]], error, gain, read_json(folder / "config.json").get("gate", "score"))
     return "\n".join([title, table, "", judge_calibration(records), "", gate]), areas
 
 

@@ -65,6 +65,10 @@ class ModelConfig:
         return config
 
 
+class ContextError(ValueError):
+    """More tokens than the model's context holds."""
+
+
 class KVCache:
     """Keys and values of the tokens read so far, for B rows. It alone knows the positions, so several can live at once.
 
@@ -233,7 +237,7 @@ class Qwen2(nn.Module):
         positions, mask = place(cache, ids, valid)
         # Padding is a hole without a position, so slots overcount: look at the positions only where slots are too many.
         if cache.length > self.config.max_position_embeddings and int(positions.max()) >= self.config.max_position_embeddings:
-            raise ValueError(f"{int(positions.max()) + 1} tokens are more than the model's context of "
+            raise ContextError(f"{int(positions.max()) + 1} tokens are more than the model's context of "
                              f"{self.config.max_position_embeddings} (max_position_embeddings)")
         x = self.model.embed_tokens(ids)
         cos, sin = rotary_angles(positions, self.config)

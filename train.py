@@ -36,7 +36,7 @@ from augment import check_calls, request_text, sample_texts, synthesize, with_re
 from data import Sample, call_prompt, call_text
 from data.calls import calls_key, parse_calls
 from lora import TARGETS, Params, adapters, keep_rows, new_params, targeted
-from model import KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, pad, seeded
+from model import ContextError, KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, pad, seeded
 from uncertainty import ORDERS, SCORES, Evidence, answer_parts, choose_scores, entropy_of, name_lengths, otsu, score_candidates, \
     softmax_difference, threshold_between
 
@@ -68,7 +68,8 @@ class Config:
     tau: float | str = option(0.95, "uncertain where the softmax difference is below tau, in [0, 1] (with another --gate-score: "
                               "where the score is above tau); auto: chosen without labels (Otsu's rule)", "H, uncertainty",
                               type=lambda text: text if text == "auto" else float(text))
-    budget: float = option(0.0, "choose tau, without labels, so that this share of the samples is uncertain, in (0, 1]",
+    budget: float = option(0.0, "choose tau, without labels, so that this share of the samples is uncertain, in (0, 1]; "
+                           "u = 1, as with a single tool, is never uncertain",
                            "H, uncertainty")
     gate: str = option("score", "which samples a method acts on: those that the score finds uncertain, or, as controls: all, or certain, "
                        "only those that it is sure of", "H, uncertainty", choices=("score", "all", "certain"))
@@ -111,9 +112,9 @@ class Config:
             raise ValueError(f"--gate-score {self.gate_score}: {self.tau} is the margin's tau; choose one in this score's own units, "
                              "or --tau auto, or a --budget")
         for name, holds, allowed in (
-                ("tau", self.tau == "auto" or (0 <= self.tau <= 1 if self.gate_score == "margin" else math.isfinite(self.tau)),
-                 "auto, or in [0, 1] for the margin"), ("budget", 0 <= self.budget <= 1 and not (self.budget and self.tau == "auto"),
-                 "in (0, 1], and not with --tau auto"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+                ("tau", self.tau == "auto" or (0 <= self.tau <= 1 if self.gate_score == "margin" else not math.isnan(self.tau)),
+                 "auto, or in [0, 1] for the margin"), ("budget", 0 <= self.budget <= 1 and (not self.budget or self.tau == Config.tau),
+                 "in (0, 1], and not with --tau"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
                 ("warmup", 0 <= self.warmup < 1, "in [0, 1)"), ("temperature", self.temperature >= 0, "0 or more"),
                 ("lr", 0 <= self.lr < math.inf, "0 (the default) or more"), ("alpha", 0 < self.alpha < math.inf, "above 0"),
                 ("limit", self.limit >= 0, "0 or more"), ("batch", self.batch >= 0, "0 or more"),
@@ -136,7 +137,8 @@ class Record:
     tau: float = math.nan                                       # ... and the threshold
     scores: dict[str, float] = field(default_factory=dict)      # uncertainty score -> value, higher = less sure
     candidates: dict[str, float] = field(default_factory=dict)  # tool name -> l_n, nats
-    outcome: str = "certain"                                    # certain | direct | adapted | no pair | non-finite | out of memory
+    outcome: str = "certain"                                    # certain | direct | adapted | no pair | non-finite |
+                                                                # out of memory | too long
     base: dict = field(default_factory=dict)                    # the direct answer: text, exact, reason, ...
     answer: dict = field(default_factory=dict)                  # the final one
     pairs: list = field(default_factory=list)
@@ -154,7 +156,7 @@ def stage(records: Sequence[Record], name: str) -> Iterator[None]:
     """Add the seconds spent inside, shared evenly, to each record's seconds[name]."""
     start = time.perf_counter()
     yield
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     for record in records:
         record.seconds[name] = round(record.seconds.get(name, 0.0) + (time.perf_counter() - start) / len(records), 4)
@@ -189,8 +191,8 @@ def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Param
         if not any(going):
             break
         batch = [own[step % len(own)] for own in examples]
-        ids = pad([[*prompt, *answer[:-1]] for prompt, answer in batch], device)[0]         # padded behind: nobody looks there
-        hidden = model(ids, None if prefix is None else prefix.fork())
+        ids, valid = pad([[*prompt, *answer[:-1]] for prompt, answer in batch], device)
+        hidden = model(ids) if prefix is None else model(ids, prefix.fork(), valid)         # without one, nobody sees the padding
         loss = torch.stack([F.cross_entropy(model.logits(h[len(prompt) - 1:][:len(answer)]), torch.tensor(answer, device=device))
                             for h, (prompt, answer) in zip(hidden, batch)])                 # (B,)
         grads = torch.autograd.grad(loss.sum(), tensors)                                    # a row's adapter is in its own loss only
@@ -276,15 +278,26 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Reco
 
 
 def shuffled_orders(agent: Agent, sample: Sample, config: Config, rest: list[int], l: torch.Tensor) -> torch.Tensor:
-    """l_n under ORDERS orders of the tools, the sample's own first; (ORDERS, N) nats. Equal tool lists are shuffled alike."""
+    """l_n under up to ORDERS different orders of the tools, the sample's own first; (M, N) nats. Lists of one length are
+    shuffled alike, so equal ones share their caches."""
+    orders, draw = [list(range(len(l)))], seeded(config.seed, "order", len(l))
+    while len(orders) < min(ORDERS, math.factorial(len(l))):
+        order = torch.randperm(len(l), generator=draw).tolist()
+        orders += [order] * (order not in orders)
     rows = [l]
-    for m in range(1, ORDERS):
-        order = torch.randperm(len(l), generator=seeded(config.seed, "order", m)).tolist()
+    for order in orders[1:]:
         tools = tuple(sample.tools[i] for i in order)
         cache = agent.prefixes.read(agent.tokenizer.split_chat(call_prompt(replace(sample, tools=tools)))[0])
         row = score_candidates(agent.model, agent.tokenizer, cache, rest, [tool["name"] for tool in tools])
         rows.append(row[torch.tensor(order).argsort()])
     return torch.stack(rows)
+
+
+def decide(record: Record, config: Config) -> None:
+    """The gate: whether u(x) < tau, or another score is above it; where that is not defined, nothing is sure."""
+    record.tau = config.tau
+    record.uncertain = record.margin < config.tau if config.gate_score == "margin" else not record.scores[config.gate_score] <= config.tau
+    record.outcome = "direct" if record.uncertain else "certain"
 
 
 def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, records: Sequence[Record] = ()) -> list[Record]:
@@ -293,10 +306,7 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, record
     model, tokenizer = agent.model, agent.tokenizer
     records = records or assess(agent, samples, config)                                       # l.2-3  H: u(x_i)
     for record in records:
-        record.tau = config.tau
-        record.uncertain = record.margin < config.tau if config.gate_score == "margin" else \
-            not record.scores[config.gate_score] <= config.tau          #     where a score is not defined, nothing is sure
-        record.outcome = "direct" if record.uncertain else "certain"                          # l.4  sure enough: answer as is
+        decide(record, config)                                                                # l.4  sure enough: answer as is
     todo = [(sample, record) for sample, record in zip(samples, records)
             if config.gate == "all" or record.uncertain == (config.gate == "score")]
     if not todo or config.method == "base":
@@ -405,20 +415,33 @@ ASK_AGAIN = ("You were not sure of this answer. Think again from the start, and 
 RIVALS = {"vote": vote, "retry": retry, "again": ask_again}
 
 
-def with_less_memory(agent: Agent, samples: Sequence[Sample], config: Config, records: Sequence[Record]) -> list[Record]:
-    """`self_improve`, in halves where the memory does not hold the batch; a sample that it does not hold alone keeps its
-    direct answer."""
+def in_halves(work: Callable[[Sequence[Sample]], list[Record]], samples: Sequence[Sample]) -> list[Record]:
+    """The work on a batch, in halves where the memory or the model's context does not hold it."""
     try:
-        return self_improve(agent, samples, config, records)
-    except torch.OutOfMemoryError:
-        pass                                            # what the failed pass held is freed before the next begins
-    if len(samples) > 1:
-        half = len(samples) // 2
-        return [record for part in (slice(half), slice(half, None))
-                for record in with_less_memory(agent, samples[part], config, records[part])]
-    record, = records or assess(agent, samples, config)
-    record.tau, record.uncertain, record.outcome = config.tau, True, "out of memory"
-    return [record]
+        return work(samples)
+    except (torch.OutOfMemoryError, ContextError):
+        if len(samples) == 1:
+            raise
+    half = len(samples) // 2                            # what the failed pass held is free by now
+    return in_halves(work, samples[:half]) + in_halves(work, samples[half:])
+
+
+def improve_or_keep(agent: Agent, samples: Sequence[Sample], config: Config, known: dict[str, dict]) -> list[Record]:
+    """`self_improve`, with smaller batches where need be; a sample that cannot be adapted alone keeps its direct answer."""
+    def records_of(part): return [Record(**known[sample.id]) for sample in part if sample.id in known]
+
+    def work(part):
+        try:
+            return self_improve(agent, part, config, records_of(part))
+        except (torch.OutOfMemoryError, ContextError) as error:
+            if len(part) > 1:
+                raise
+            why = "too long" if isinstance(error, ContextError) else "out of memory"
+        record, = records_of(part) or assess(agent, part, config)
+        decide(record, config)
+        record.outcome = why
+        return [record]
+    return in_halves(work, samples)
 
 
 # --------------------------------------------------------------------------------------------------- the run folder
@@ -447,9 +470,10 @@ def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
 
     What a kill may have left is mended: a torn last line is cut off, and records of other ranks move to records.jsonl.
     """
-    if config.overwrite:
-        for old in (*folder.glob("*.json"), *folder.glob("*.jsonl")):
-            old.unlink()
+    if config.overwrite and (folder / "facts.json").is_file():
+        for old in (*(folder / f"{name}.json" for name in ("config", "facts", "summary")), *evaluate.record_files(folder),
+                    *folder.glob("assessed-*.jsonl")):
+            old.unlink(missing_ok=True)
     free = FREE[1:] if config.budget or config.tau == "auto" else FREE         # there, tau depends on which samples there are
     if (folder / "config.json").is_file():
         before = evaluate.read_json(folder / "config.json")
@@ -467,7 +491,7 @@ def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
     write_json(folder / "config.json", asdict(config))
     write_json(folder / "facts.json", {"config": evaluate.digest_file(folder / "config.json"), **now})
     append(folder / "records.jsonl", b"")
-    for path in folder.glob("*.jsonl"):
+    for path in (*evaluate.record_files(folder), *folder.glob("assessed-*.jsonl")):
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
         if whole != len(content):                       # the process was killed in the middle of its last write
@@ -537,10 +561,13 @@ def choose_tau(agent: Agent, samples: Sequence[Sample], config: Config, folder: 
     def assessed(): return {line["id"]: line for path in sorted(folder.glob("assessed-*.jsonl")) for line in map(json.loads, path.open())}
     if config.tau != "auto" and not config.budget:
         return config, {}
-    share = [sample for sample in samples if sample.id not in assessed()][rank::world]
+    done = assessed()
+    share = [sample for sample in samples if sample.id not in done][rank::world]
+    wait_for_all(world)                                 # all have read what is there before anyone adds to it
     with tqdm(total=len(share), unit="sample", desc="tau", dynamic_ncols=True, disable=rank > 0) as bar:
         for batch in batches(agent, share, config):
-            lines = [asdict(record) for record in assess(agent, [sample.without_answers() for sample in batch], config)]
+            found = in_halves(lambda part: assess(agent, part, config), [sample.without_answers() for sample in batch])
+            lines = [asdict(record) for record in found]
             append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(line) + "\n").encode() for line in lines))
             bar.update(len(batch))
     wait_for_all(world)
@@ -555,13 +582,13 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
     """Algorithm 1 over this rank's share of the samples that have no record yet, a line each in its own file."""
     records = {record["id"]: record for record in evaluate.read_records(folder)}
     path = folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
-    config, assessed = choose_tau(agent, samples, config, folder, rank, world)
     share = [sample for sample in samples if sample.id not in records][rank::world]
+    config, assessed = choose_tau(agent, samples, config, folder, rank, world)
+    wait_for_all(world)                                 # all have read what is there before anyone adds to it
     with tqdm(initial=len(records), total=len(records) + len(share), unit="sample", dynamic_ncols=True, disable=rank > 0) as bar:
         for batch in batches(agent, share, config):
-            known = [Record(**assessed[sample.id]) for sample in batch if sample.id in assessed]
             lines = []
-            for sample, record in zip(batch, with_less_memory(agent, [sample.without_answers() for sample in batch], config, known)):
+            for sample, record in zip(batch, improve_or_keep(agent, [sample.without_answers() for sample in batch], config, assessed)):
                 for part in (record.base, record.answer, *record.sampled):
                     part.update(asdict(evaluate.exact_match(part["text"], sample)))
                 record.gold, record.reachable = call_text(sample.answers), evaluate.reachable(sample)
@@ -642,6 +669,8 @@ def set_up(config: Config) -> tuple[Agent, list[Sample], dict[str, str]]:
     try:
         device = torch.device(config.device)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device}: not usable here ({str(error).splitlines()[0]})") from error
     tokenizer = Tokenizer(folder)
@@ -688,11 +717,14 @@ def work(config: Config, rank: int, world: int) -> int:
             merge(folder)
             write_json(folder / "facts.json", {**evaluate.read_json(folder / "facts.json"), "weights_after": now["weights"]})
         records = evaluate.read_records(folder)
+        if not interrupted and (lacking := {sample.id for sample in samples} - {record["id"] for record in records}):
+            raise ValueError(f"{folder}: {len(lacking)} samples have no record; the same command computes them")
         if records:
             write_json(folder / "summary.json", evaluate.summarise(records))
             print(evaluate.table([folder]))
         if interrupted:
-            print(f"Interrupted after {len(records)} of {len(samples)} samples: the same command goes on from here.")
+            print(f"Interrupted after {len(records)} of {len(samples)} samples: the same command goes on from here"
+                  + (" (without --overwrite)." if config.overwrite else "."))
             return 130
         print(closing_line(records, folder))
         return 0

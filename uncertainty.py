@@ -86,7 +86,7 @@ class Evidence:
     id: str
     prompt_tokens: int
     candidates: torch.Tensor                            # (N,) l_n, nats
-    lengths: torch.Tensor                               # (N,) tokens of which l_n is the sum, but those that all share
+    lengths: torch.Tensor                               # (N,) of how many tokens l_n is the sum
     orders: torch.Tensor | None = None                  # (M, N) l_n under M orders of the tools
     meanings: Sequence[Hashable] = ()                   # of k sampled answers: equal means the same calls under `exact`
     nll: torch.Tensor | None = None                     # (T,) -log P of each token of the greedy answer, its end included
@@ -133,8 +133,8 @@ def mean_margin(e: Evidence) -> float:
 
 @score()
 def log_odds(e: Evidence) -> float:
-    """l_(2) - l_(1), nats: the margin without its saturation. A rival that does not exist has -1e9."""
-    first, second = torch.cat((e.candidates.double(), torch.tensor([-1e9]).double())).topk(2).values.tolist()
+    """l_(2) - l_(1), nats: the margin without its saturation; -inf without a rival."""
+    first, second = [*e.candidates.double().sort(descending=True).values.tolist(), -math.inf][:2]
     return second - first
 
 
@@ -216,10 +216,8 @@ def choose_scores(wanted: str) -> tuple[str, ...]:
 
 
 def name_lengths(tokenizer: Tokenizer, names: Sequence[str]) -> torch.Tensor:
-    """(N,) how many tokens of each name, its end included, are not common to all names."""
-    tokens = [tokenizer.encode(name) for name in names]
-    shared = next((i for i in range(min(map(len, tokens))) if len({t[i] for t in tokens}) > 1), min(map(len, tokens)))
-    return torch.tensor([len(t) - (shared if len(tokens) > 1 else 0) + 1 for t in tokens])
+    """(N,) the tokens of each name and its end: of how many l_n is the sum."""
+    return torch.tensor([len(tokenizer.encode(name)) + 1 for name in names])
 
 
 NAMES = re.compile(r'"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"arguments"')
@@ -227,7 +225,7 @@ VALUES = re.compile(r'"(?:[^"\\]|\\.)*"\s*:\s*("(?:[^"\\]|\\.)*"|[^\s,{}\[\]"]+)
 
 
 def answer_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, list[int]]:
-    """Which tokens of a text hold the names of tools, and which the scalar values of arguments."""
+    """Which tokens of a text hold the names of tools, and which the scalar values of arguments (but for those in lists)."""
     ends = [len(tokenizer.decode(ids[:i + 1])) for i in range(len(ids))]
     text = tokenizer.decode(ids)
     names = [found.span(1) for found in NAMES.finditer(text)]
@@ -239,17 +237,21 @@ def answer_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, list[int
 # --------------------------------------------------------------------------------------- a threshold without labels
 
 def threshold_between(values: Sequence[float], count: int) -> float:
-    """A threshold that the `count` largest values exceed; fewer, where the next is as large as the last of them."""
-    values = sorted(values, reverse=True)
+    """A threshold that the `count` largest values exceed; fewer, where the next is as large as the last of them. NaN is the
+    largest of all: a score that is not defined is sure of nothing."""
+    values = sorted((math.inf if math.isnan(value) else value for value in values), reverse=True)
     while 0 < count < len(values) and values[count - 1] == values[count]:
         count -= 1
     if count == 0:
         return values[0]
-    return (values[count - 1] + values[count]) / 2 if count < len(values) else values[-1] - 1
+    if count == len(values):
+        return -math.inf
+    between = (values[count - 1] + values[count]) / 2
+    return between if math.isfinite(between) else values[count]
 
 
 def otsu(values: Sequence[float]) -> float:
-    """The threshold that parts the values into the two groups with the largest variance between them (Otsu 1979)."""
+    """The threshold that parts the finite values into the two groups with the largest variance between them (Otsu 1979)."""
     values = sorted((v for v in values if math.isfinite(v)), reverse=True)
     total, upper, best = sum(values), 0.0, (0.0, 0)
     for count, value in enumerate(values[:-1], 1):
@@ -257,7 +259,7 @@ def otsu(values: Sequence[float]) -> float:
         rest = len(values) - count
         between = count * rest * (upper / count - (total - upper) / rest) ** 2
         best = max(best, (between, count))
-    return threshold_between(values, best[1])
+    return threshold_between(values, best[1]) if values else 0.0
 
 
 # ----------------------------------------------------------------------------- is a score any good? (n,) float64 each

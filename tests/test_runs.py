@@ -150,6 +150,8 @@ def test_verify_names_each_thing_that_is_not_as_it_was(tmp_path, capsys):
     assert "records are of no sample" in verified(*records, {**records[0], "id": "toolalpaca-1000"})
     flipped = {**records[0], "answer": {**records[0]["answer"], "exact": not records[0]["answer"]["exact"]}}
     assert "toolalpaca-0: of answer, exact" in verified(flipped, *records[1:])
+    assert "the gold calls are others" in verified({**records[0], "gold": "nothing"}, *records[1:])
+    assert "not what margin and tau say" in verified({**records[0], "uncertain": not records[0]["uncertain"]}, *records[1:])
     for name in ("data", "weights_after", "config"):
         facts = evaluate.read_json(tmp_path / "facts.json")
         train.write_json(tmp_path / "facts.json", {**facts, name: "another"})
@@ -200,6 +202,21 @@ def test_out_of_memory_in_adaptation_keeps_the_direct_answer_and_elsewhere_the_f
     run(tmp_path / "scoring", code=1)
     error = capsys.readouterr().err.splitlines()[-1]
     assert "CUDA out of memory" in error and "the same command goes on" in error
+
+
+def test_what_the_context_does_not_hold_keeps_its_direct_answer(tmp_path, monkeypatch, capsys):
+    def too_long(*_): raise model_py.ContextError("9999 tokens")
+    monkeypatch.setattr(train, "synthesize", too_long)
+    run(tmp_path, "--tau", "1", "--batch", "2")
+    assert {r["outcome"] for r in evaluate.read_records(tmp_path)} == {"too long"}
+    assert "3 adaptations exceeded" in capsys.readouterr().out
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(tmp_path):
+    (tmp_path / "mine.json").write_text("{}")
+    run(tmp_path)
+    run(tmp_path, "--seed", "1", "--overwrite")
+    assert (tmp_path / "mine.json").is_file() and evaluate.read_json(tmp_path / "config.json")["seed"] == 1
 
 
 def test_a_full_disk_is_one_line(capsys, tmp_path):

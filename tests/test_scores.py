@@ -37,7 +37,7 @@ def test_a_score_by_hand(name, value):
 def test_scores_of_one_candidate_say_sure_and_of_a_missing_part_nothing():
     e = evidence(1.0)
     assert [SCORES[name].value(e) for name in ("margin", "least_confidence", "entropy", "normalised_entropy")] == [0, 0, 0, 0]
-    assert SCORES["log_odds"].value(e) == -1e9 and math.isnan(SCORES["values_nll"].value(e))
+    assert SCORES["log_odds"].value(e) == -math.inf and math.isnan(SCORES["values_nll"].value(e))
 
 
 def test_normalised_entropy_is_one_where_nothing_is_known_whatever_n():
@@ -150,6 +150,8 @@ def test_gates_and_gains_by_hand():
 def test_thresholds_by_hand():
     assert unc.threshold_between([1, 2, 3, 4], 1) == 3.5 and unc.threshold_between([1, 1], 2) < 1
     assert unc.threshold_between([1, 2, 2, 3], 2) == 2.5 and unc.threshold_between([2, 2, 1], 1) == 2      # ties: fewer
+    assert unc.threshold_between([1, 5, math.nan, 2, 4, 3], 2) == 4.5 and unc.threshold_between([1, math.nan], 1) == 1      # NaN: the least sure
+    assert unc.otsu([math.nan, -math.inf]) == 0 and unc.otsu([-math.inf, 0, 0.1, 0.9, 1]) == 0.5
     assert unc.otsu([0, 0.1, 0.9, 1]) == 0.5 and unc.otsu([0, 0.1, 0.2, 1]) == 0.6
 
 
@@ -177,7 +179,8 @@ def test_the_answers_scores_equal_a_plain_pass_over_prompt_and_answer(agent):
     for sample in SAMPLES:
         record, = train.assess(agent, [sample], CONFIG)
         prompt = agent.tokenizer.chat(data.call_prompt(sample))
-        answer = [*agent.tokenizer.encode(record.base["text"]), agent.tokenizer.im_end]
+        answer = agent.tokenizer.encode(record.base["text"])
+        answer += [agent.tokenizer.im_end] * (record.tokens["base"] < CONFIG.max_new_tokens)
         with torch.no_grad():
             log_p = agent.model.logits(agent.model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1]).log_softmax(-1)
         nll, entropy = -log_p[range(len(answer)), answer], -(log_p.exp() * log_p).sum(-1)
@@ -200,7 +203,8 @@ def test_orders_of_the_tools_are_told_back_in_the_samples_order(agent):
     names = [tool["name"] for tool in sample.tools]
     own = unc.score_candidates(agent.model, agent.tokenizer, agent.prefixes.read(agent.tokenizer.split_chat(data.call_prompt(sample))[0]), rest, names)
     rows = train.shuffled_orders(agent, sample, CONFIG, rest, own)
-    order = torch.randperm(len(names), generator=train.seeded(CONFIG.seed, "order", 1)).tolist()
+    draw = train.seeded(CONFIG.seed, "order", len(names))
+    order = next(order for order in iter(lambda: torch.randperm(len(names), generator=draw).tolist(), None) if order != list(range(len(names))))
     shuffled = dataclasses.replace(sample, tools=tuple(sample.tools[i] for i in order))
     prompt = agent.tokenizer.chat(data.call_prompt(shuffled))
     for i, name in enumerate(names):                    # a plain pass over the whole shuffled prompt, one candidate at a time
@@ -208,6 +212,19 @@ def test_orders_of_the_tools_are_told_back_in_the_samples_order(agent):
         plain = unc.score_candidates(agent.model, agent.tokenizer, cache, prompt, [name])
         assert rows[1][i].item() == pytest.approx(plain.item(), abs=1e-4)
     assert rows.shape == (unc.ORDERS, len(names)) and (rows[0] == own).all()
+
+
+def test_the_orders_of_two_tools_are_two_different_ones(agent):
+    sample = dataclasses.replace(SAMPLES[0], tools=SAMPLES[0].tools[:2])
+    head, rest = agent.tokenizer.split_chat(data.call_prompt(sample))
+    own = unc.score_candidates(agent.model, agent.tokenizer, agent.prefixes.read(head), rest, [tool["name"] for tool in sample.tools])
+    rows = train.shuffled_orders(agent, sample, CONFIG, rest, own)
+    assert rows.shape == (2, 2) and (rows[0] != rows[1]).all()
+
+
+def test_the_mean_log_likelihood_is_over_all_tokens_of_the_name_and_its_end(agent):
+    names = ["get_user", "get_user_by_name"]
+    assert unc.name_lengths(agent.tokenizer, names).tolist() == [len(agent.tokenizer.encode(name)) + 1 for name in names]
 
 
 def run(folder, *flags) -> list[dict]:
