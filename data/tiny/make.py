@@ -198,12 +198,12 @@ SECURITY = {    # NexusRaven's world; noun: the kind of its first parameter
     "train": {"domain": "domain", "zone": "domain", "site": "domain", "ip address": "ip", "peer": "ip", "node": "ip",
               "file": "hash", "binary": "hash", "malware": "hash", "vulnerability": "cve", "flaw": "cve", "bug": "cve",
               "product": "cpe", "package": "cpe", "mailbox": "email", "sender": "email", "link": "url", "page": "url"},
-    "held_out": {"hostname": "domain", "endpoint": "ip", "artifact": "hash", "exploit": "cve", "firmware": "cpe",
-                 "spammer": "email", "redirect": "url"},
+    "held_out": {"registrar": "domain", "gateway": "ip", "payload": "hash", "exploit": "cve", "kernel": "cpe",
+                 "spammer": "email", "shortcut": "url"},
 }
 SECURITY_KINDS = "key limit date severity keyword message page version".split()
 SERVICES = {"train": "vt abuse shodan net scan intel trace ops".split(), "held_out": "guard sentry radar".split()}
-LISTS = {"train": 10 ** 6, "held_out": 4}   # NexusRaven: how many fixed lists of tools its samples share
+LISTS = {"train": 10 ** 6, "held_out": 10}   # NexusRaven: how many fixed lists of tools its samples share
 SECURITY_FACETS = ["", *"report votes comments history score alerts traffic owner".split()]
 FACETS = ["", "", "", *"details status history price review summary record photo note policy rule vote label".split()]
 VERBS = [       # the words of a line mean the same, and none stands in two lines; a tool has one without a blank
