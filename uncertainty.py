@@ -189,7 +189,7 @@ for part in ("answer", "name", "values"):               # of the greedy answer (
 
 @score()
 def random(e: Evidence) -> float:
-    """A number that knows nothing: what any score must beat, as must the next two."""
+    """A number that knows nothing: what any score must beat, as must the next three."""
     return torch.rand((), generator=seeded("random score", e.id)).item()
 
 
@@ -197,6 +197,12 @@ def random(e: Evidence) -> float:
 def candidates(e: Evidence) -> float:
     """N."""
     return float(len(e.candidates))
+
+
+@score()
+def answer_tokens(e: Evidence) -> float:
+    """The length of the greedy answer: a longer one has more that can be wrong."""
+    return float(len(e.nll))
 
 
 @score()

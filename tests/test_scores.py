@@ -27,7 +27,7 @@ def evidence(*p: float, **more) -> Evidence:
 # ----------------------------------------------------------------------------------------------------------- the scores
 
 @pytest.mark.parametrize("name, value", [
-    ("margin", 0.5), ("least_confidence", 0.3), ("log_odds", math.log(2 / 7)), ("candidates", 3), ("prompt_tokens", 7),
+    ("margin", 0.5), ("least_confidence", 0.3), ("log_odds", math.log(2 / 7)), ("candidates", 3), ("prompt_tokens", 7), ("answer_tokens", 3),
     ("entropy", -0.7 * math.log(0.7) - 0.2 * math.log(0.2) - 0.1 * math.log(0.1)), ("answer_nll", 2), ("name_nll", 1.5),
     ("answer_perplexity", math.exp(2 / 3)), ("answer_mean_entropy", 0.5), ("answer_max_entropy", 0.75), ("name_max_entropy", 0.75)])
 def test_a_score_by_hand(name, value):
@@ -66,7 +66,7 @@ def test_every_score_rises_with_doubt():
     unsure = dataclasses.replace(sure, candidates=tensor(0.5, 0.5).log(), nll=tensor(0.0, 2.0, 0.0), entropy=tensor(1.0, 1.0, 1.0),
                                  orders=tensor([0.9, 0.1], [0.1, 0.9]).log(), meanings=["a", "a", "b", "c", "d"])
     for name, score in SCORES.items():
-        if name not in ("random", "candidates", "prompt_tokens"):
+        if name not in ("random", "candidates", "prompt_tokens", "answer_tokens"):
             assert score.value(unsure) > score.value(sure), name
 
 
@@ -257,7 +257,7 @@ def test_tau_auto_needs_no_label_and_the_table_has_its_regret(tmp_path, capsys):
 
 def test_the_report_compares_and_the_pictures_are_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    run(tmp_path / "run", "--scores", "margin,entropy,mutual_information")
+    run(tmp_path / "run", "--scores", "entropy,mutual_information")
     path = tmp_path / "run" / "records.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for i, record in enumerate(records):
