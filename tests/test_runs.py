@@ -282,7 +282,7 @@ def test_two_hundred_adaptations_take_no_more_memory_than_a_few():
     for i in range(200):
         params = train.new_params(model, 8, [train.seeded("memory", i)], config.targets.split(","))
         with train.adapters(model, params, 16.0):
-            train.fine_tune(agent, [[(prompt, target)]], params, config)
+            train.fine_tune(agent, [[(prompt[-40:], target)]], params, config)
         seen.append(resident())
     assert seen[-1] - seen[19] < 20e6       # an adapter of this model has 0.6 MB of parameters and 1.8 MB with AdamW's state
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
@@ -301,7 +301,7 @@ def scratch(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("rubbish")
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(content=st.lists(JSON, max_size=2).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60))
 def test_any_data_file_is_loaded_or_named(scratch, content):
     path = scratch / "any.json"
@@ -312,7 +312,7 @@ def test_any_data_file_is_loaded_or_named(scratch, content):
         assert str(path) in str(error)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.data())
 def test_any_record_file_is_read_or_named_and_what_is_read_can_be_shown(scratch, draw):
     record = sound_record("x-0", True, False)
