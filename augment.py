@@ -128,22 +128,22 @@ def synthesize(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, sampl
     its calls LABELS times and keeps the majority of those that pass the schema check.
     """
     found: list[tuple[list[Pair], list[Rejected]]] = [([], []) for _ in samples]
+    seeds, asks = [request_text(sample) for sample in samples], []
+    for sample, seed_request in zip(samples, seeds):
+        head, ask = tokenizer.split_chat(pair_prompt(sample, mode))
+        asks.append((head, ask + tokenizer.encode(PAIR_START.format(request=seed_request))))
     def write(prompts, limit, keys): return sample_texts(model, tokenizer, prefixes, prompts, limit, temperature, top_p, keys)
     for attempt in range(TRIES * k):
         todo = [i for i, (pairs, _) in enumerate(found) if len(pairs) < k]
         if not todo:
             break
-        prompts = []
-        for i in todo:
-            head, ask = tokenizer.split_chat(pair_prompt(samples[i], mode))
-            prompts.append((head, ask + tokenizer.encode(PAIR_START.format(request=request_text(samples[i])))))
         limit = MAX_REQUEST_TOKENS + (MAX_CALL_TOKENS if mode == "joint" else 0)
-        written = [texts[0] for texts in write(prompts, limit, [[(seed, samples[i].id, "pair", attempt)] for i in todo])]
+        written = [texts[0] for texts in write([asks[i] for i in todo], limit, [[(seed, samples[i].id, "pair", attempt)] for i in todo])]
         drafts = []                                     # (sample, request, what follows it, all that was written)
         for i, text in zip(todo, written):
             line, _, rest = text.strip().partition("\n")
             request = line.strip().removesuffix('"').strip()
-            reason = check_request(request, request_text(samples[i]))
+            reason = check_request(request, seeds[i])
             if not reason and any(request == pair.request for pair in found[i][0]):
                 reason = "copy of an earlier pair"
             if reason:

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -112,8 +112,7 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
-ANSWER = {"text": str, "exact": bool, "reason": str, "strict": bool, "parsed": bool, "name_correct": bool, "name_f1": float,
-          "argument_f1": float}
+ANSWER = {"text": str, **{f.name: f.type for f in fields(Verdict)}}
 RECORD = {"id": str, "request": str, "margin": float, "uncertain": bool, "gate": str, "tau": float, "scores": {...: float},
           "candidates": {...: float}, "outcome": str, "base": ANSWER, "answer": ANSWER,
           "pairs": [{"request": str, "calls": [dict], "votes": int}], "rejected": [{"text": str, "reason": str}], "losses": [float],
@@ -125,8 +124,8 @@ def fits(value, shape) -> bool:
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
     if isinstance(shape, dict):
-        return isinstance(value, dict) and all(fits(item, shape[...]) for item in value.values()) if ... in shape else \
-            isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in shape.items())
+        wanted = dict.fromkeys(value, shape[...]) if ... in shape and isinstance(value, dict) else shape
+        return isinstance(value, dict) and all(key in value and fits(value[key], part) for key, part in wanted.items())
     return isinstance(value, (int, float) if shape is float else shape)
 
 
@@ -191,6 +190,11 @@ def verify(folder: Path) -> list[str]:
     return wrong
 
 
+DROPPED = {     # outcomes of an adaptation that was not to be had, after which the direct answer stands
+    "non-finite": "were not finite and were dropped", "out of memory": "did not fit into the memory; the direct answers stand",
+    "too long": "exceeded the model's context; the direct answers stand"}
+
+
 def summarise(records: Sequence[dict]) -> dict:
     """What a run comes to: counts, accuracies as shares in [0, 1], and the seconds of each stage, summed."""
     n = len(records)
@@ -201,9 +205,8 @@ def summarise(records: Sequence[dict]) -> dict:
         seconds.update(record["seconds"])
     return {
         "n": n, "uncertain": sum(r["uncertain"] for r in records),
-        **{name: sum(r["outcome"] == outcome for r in records) for name, outcome in
-           (("adapted", "adapted"), ("no_pair", "no pair"), ("non_finite", "non-finite"), ("out_of_memory", "out of memory"),
-            ("too_long", "too long"))},
+        **{outcome.replace(" ", "_").replace("-", "_"): sum(r["outcome"] == outcome for r in records)
+           for outcome in ("adapted", "no pair", *DROPPED)},
         "base_accuracy": mean(b for b, _ in right), "accuracy": mean(a for _, a in right),
         "fixed": sum(a and not b for b, a in right), "harmed": sum(b and not a for b, a in right),
         **{f"{when}_{measure}": mean(float(r[when][measure]) for r in records)
@@ -248,12 +251,9 @@ def table(folders: Sequence[Path]) -> str:
             notes.append(f"{folder.name}: pass@{summary['k']} {100 * summary['pass_at_k']:.1f}, any of the sampled answers being right")
         if config.get("tau") == "auto" or config.get("budget"):
             notes.append(f"{folder.name}: {chosen_tau(records)}")
-        if summary["non_finite"]:
-            notes.append(f"{folder.name}: {summary['non_finite']} adaptations were not finite and were dropped")
-        if summary["out_of_memory"]:
-            notes.append(f"{folder.name}: {summary['out_of_memory']} adaptations did not fit into the memory; the direct answers stand")
-        if summary["too_long"]:
-            notes.append(f"{folder.name}: {summary['too_long']} adaptations exceeded the model's context; the direct answers stand")
+        for outcome, what in DROPPED.items():
+            if count := sum(record["outcome"] == outcome for record in records):
+                notes.append(f"{folder.name}: {count} adaptations {what}")
         if summary["reachable"] < 1:
             notes.append(f"{folder.name}: at most {summary['reachable']:.1%} can be reached: elsewhere a gold call's tool is not offered")
     return "\n".join([grid(rows), *notes])
@@ -270,15 +270,17 @@ def columns(records: Sequence[dict]) -> tuple[dict[str, torch.Tensor], torch.Ten
             column(r["answer"]["exact"] - r["base"]["exact"] for r in records))
 
 
-def first_choice(records: Sequence[dict]) -> tuple[list[torch.Tensor], list[int | None], torch.Tensor]:
-    """Of samples with a rival to choose from: the l_n, which candidate is the gold's (None: not offered), and p_(1)."""
+def first_choice(records: Sequence[dict]) -> tuple[list[torch.Tensor], list[int | None], torch.Tensor, torch.Tensor]:
+    """Of samples with a rival to choose from: the l_n, which candidate is the gold's (None: not offered), p_(1), and whether
+    the first candidate is the gold's."""
     l, gold = [], []
     for record in records:
         calls = parse_calls(record["gold"]).calls
         if len(record["candidates"]) > 1 and calls:
             l.append(torch.tensor(list(record["candidates"].values()), dtype=torch.float64))
             gold.append(next((i for i, name in enumerate(record["candidates"]) if name == calls[0].name), None))
-    return l, gold, torch.stack([row.softmax(-1).max() for row in l]) if l else torch.zeros(0)
+    right = torch.tensor([float(row.argmax() == g) for row, g in zip(l, gold)])
+    return l, gold, torch.stack([row.softmax(-1).max() for row in l]) if l else torch.zeros(0), right
 
 
 def chosen_tau(records: Sequence[dict]) -> str:
@@ -319,10 +321,9 @@ def compare_scores(scores: dict[str, torch.Tensor], error: torch.Tensor) -> tupl
 
 def judge_calibration(records: Sequence[dict]) -> str:
     """Whether p(1) is the probability that the first candidate is the gold's, as it is and after temperature scaling."""
-    l, gold, p = first_choice(records)
+    l, gold, p, right = first_choice(records)
     if not l:
         return "p(1): no sample has more than one candidate."
-    right = torch.tensor([float(row.argmax() == g) for row, g in zip(l, gold)])
     rows = [["p(1)", "right", *calibration(p, right)]]
     for name, q in (("as it is", p), ("temperature, cross-fitted", cross_fitted(l, gold))):
         rows.append([name, f"{right.mean():.2f}", *with_intervals(calibration(q, right), bootstrap(calibration, q, right, times=200), 3)])
@@ -380,7 +381,7 @@ def plot(folder: Path, into: Path) -> list[Path]:
     if not records:
         raise ValueError(f"{folder}: no finished sample yet")
     scores, error, gain = columns(records)
-    n, (l, gold, p), gate = len(records), first_choice(records), records[0]["gate"]
+    n, (l, gold, p, right), gate = len(records), first_choice(records), records[0]["gate"]
     margins, tau = torch.tensor([r["margin"] for r in records], dtype=torch.float64), records[0]["tau"]
     into.mkdir(parents=True, exist_ok=True)
     made = []
@@ -399,7 +400,6 @@ def plot(folder: Path, into: Path) -> list[Path]:
     if l:
         with picture("reliability", "Is p(1) the probability of being right?", "mean p(1) of the bin", "share right") as axes:
             axes.plot([0, 1], [0, 1], color="0.7", label="calibrated")
-            right = torch.tensor([float(row.argmax() == g) for row, g in zip(l, gold)])
             for mark, label, q in (("o-", "as it is", p), ("s--", "temperature, cross-fitted", cross_fitted(l, gold))):
                 bins = reliability(q.double(), right)
                 axes.plot([b[1] for b in bins], [b[2] for b in bins], mark, color="0.0" if mark == "o-" else "0.45", label=label)

@@ -238,7 +238,7 @@ class Qwen2(nn.Module):
         # Padding is a hole without a position, so slots overcount: look at the positions only where slots are too many.
         if cache.length > self.config.max_position_embeddings and int(positions.max()) >= self.config.max_position_embeddings:
             raise ContextError(f"{int(positions.max()) + 1} tokens are more than the model's context of "
-                             f"{self.config.max_position_embeddings} (max_position_embeddings)")
+                               f"{self.config.max_position_embeddings} (max_position_embeddings)")
         x = self.model.embed_tokens(ids)
         cos, sin = rotary_angles(positions, self.config)
         for block in self.model.layers:

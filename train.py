@@ -93,7 +93,7 @@ class Config:
     samples: int = option(5, "answers sampled, at --temperature, for vote, for retry, and for the scores of sampled answers",
                           "answers and run folder")
     batch: int = option(0, "samples adapted together, each with its own adapter (0: 1 on a CPU, on a GPU as many as fit "
-                        f"{BATCH_TOKENS} prompt tokens); changes no result", "answers and run folder")
+                        f"{BATCH_TOKENS} prompt tokens); changes results by rounding only", "answers and run folder")
     max_new_tokens: int = option(256, "longest answer, in tokens", "answers and run folder")
     out: str = option("", "run folder (default: runs/<bench>-<model>-<method>-s<seed>)", "answers and run folder")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", "answers and run folder")
@@ -254,9 +254,8 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Reco
             record.margin = softmax_difference(l)                                             # l.3  u(x_i)
         with stage([record], "scores"):                                 # what only the rivals of u look at
             orders = shuffled_orders(agent, sample, config, rest, l) if "orders" in needs else None
-            meanings = [calls_key(parse_calls(text).calls, sample.tools) for text in sampled_answers(agent, [sample], config)[0]] \
-                if "samples" in needs else ()
-        evidence.append(Evidence(sample.id, len(head) + len(rest), l, name_lengths(tokenizer, names), orders, meanings))
+            meant = meanings(sample, sampled_answers(agent, [sample], config)[0]) if "samples" in needs else ()
+        evidence.append(Evidence(sample.id, len(head) + len(rest), l, name_lengths(tokenizer, names), orders, meant))
         records.append(record)
         caches.append(cache)
         last.append(rest[-1:])
@@ -381,12 +380,9 @@ def answer_again(agent: Agent, prompts: Sequence[list[dict]], records: Sequence[
 
 def vote(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
     """Self-consistency (Wang et al. 2023): the first of the sampled answers that mean what most of them mean."""
-    with stage(records, "answer"):
-        drawn = sampled_answers(agent, samples, config)
-    for sample, record, texts in zip(samples, records, drawn):
-        keys = [calls_key(parse_calls(text).calls, sample.tools) for text in texts]
-        record.answer, record.outcome = {"text": texts[keys.index(Counter(keys).most_common(1)[0][0])]}, "adapted"
-        record.sampled = [{"text": text} for text in texts]
+    for sample, record, texts in zip(samples, records, draw(agent, samples, records, config)):
+        keys = meanings(sample, texts)
+        record.answer = {"text": texts[keys.index(Counter(keys).most_common(1)[0][0])]}
 
 
 def retry(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
@@ -395,12 +391,17 @@ def retry(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], co
     todo = [(sample, record) for sample, record in zip(samples, records) if not fits(sample, record.base["text"])]
     if todo:
         samples, records = zip(*todo)
-        with stage(records, "answer"):
-            drawn = sampled_answers(agent, samples, config)
-        for sample, record, texts in zip(samples, records, drawn):
-            text = next((text for text in texts if fits(sample, text)), record.base["text"])
-            record.answer, record.outcome = {"text": text}, "adapted"
-            record.sampled = [{"text": text} for text in texts]
+        for sample, record, texts in zip(samples, records, draw(agent, samples, records, config)):
+            record.answer = {"text": next((text for text in texts if fits(sample, text)), record.base["text"])}
+
+
+def draw(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> list[list[str]]:
+    """`sampled_answers`, which the records keep."""
+    with stage(records, "answer"):
+        drawn = sampled_answers(agent, samples, config)
+    for record, texts in zip(records, drawn):
+        record.sampled, record.outcome = [{"text": text} for text in texts], "adapted"
+    return drawn
 
 
 def sampled_answers(agent: Agent, samples: Sequence[Sample], config: Config) -> list[list[str]]:
@@ -408,6 +409,11 @@ def sampled_answers(agent: Agent, samples: Sequence[Sample], config: Config) -> 
     return sample_texts(agent.model, agent.tokenizer, agent.prefixes, [agent.tokenizer.split_chat(call_prompt(s)) for s in samples],
                         config.max_new_tokens, config.temperature, config.top_p,
                         [[(config.seed, s.id, "sample", i) for i in range(config.samples)] for s in samples])
+
+
+def meanings(sample: Sample, texts: Sequence[str]) -> list[tuple]:
+    """What answers mean: equal for the same calls under `exact`."""
+    return [calls_key(parse_calls(text).calls, sample.tools) for text in texts]
 
 
 ASK_AGAIN = ("You were not sure of this answer. Think again from the start, and answer with nothing but the tool calls that the "
@@ -604,12 +610,13 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
 
 def batches(agent: Agent, samples: Sequence[Sample], config: Config) -> Iterator[list[Sample]]:
     """The samples in batches of --batch; by default one by one on a CPU, and as many as BATCH_TOKENS hold on a GPU."""
+    if size := config.batch or int(agent.model.device.type == "cpu"):
+        yield from (list(samples[i:i + size]) for i in range(0, len(samples), size))
+        return
     batch, longest = [], 0
     for sample in samples:
         length = len(agent.tokenizer.chat(call_prompt(sample)))
-        full = len(batch) == config.batch if config.batch else agent.model.device.type == "cpu" or \
-            max(longest, length) * (len(batch) + 1) > BATCH_TOKENS
-        if batch and full:
+        if batch and max(longest, length) * (len(batch) + 1) > BATCH_TOKENS:
             yield batch
             batch, longest = [], 0
         batch, longest = [*batch, sample], max(longest, length)
