@@ -3,8 +3,16 @@
 It sees the sample's tools and request, never its label. A pair is kept only if it parses and fits the tools' schema;
 each that is not kept has a reason. A kept pair is what the sample's adapter is trained on.
 """
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -86,9 +94,9 @@ def check_calls(calls: Sequence[Call], sample: Sample) -> str:
     return next((reason for call in calls if (reason := check_call(call, sample.tools))), "")
 
 
-def majority(texts: Sequence[str], sample: Sample) -> tuple[str, int, Counter]:
+def majority(texts: Sequence[str], sample: Sample, agree: int = AGREE) -> tuple[str, int, Counter]:
     """The first text that gives the calls which most give, among those that fit the schema, the votes for it, and why the
-    others fell out; "" where fewer than AGREE agree."""
+    others fell out; "" where fewer than `agree` agree."""
     votes, first, reasons = Counter(), {}, Counter()
     for text in texts:
         calls = parse_calls(text).calls
@@ -99,9 +107,16 @@ def majority(texts: Sequence[str], sample: Sample) -> tuple[str, int, Counter]:
         votes[key] += 1
         first.setdefault(key, text)
     key, count = votes.most_common(1)[0] if votes else (None, 0)        # the first seen among equals
-    if count < AGREE:
-        return "", count, reasons or Counter({"no two calls agree": 1})
+    if count < agree:
+        return "", count, reasons or Counter({f"fewer than {agree} calls agree": 1})
     return first[key], count, reasons
+
+
+# --------------------------------------------------------------------------------------------------------- who writes
+
+# A writer: for each prompt, which is messages and how the assistant's turn begins, one text for each of its keys (seeds), of
+# at most so many tokens: writer(prompts, limit, temperature, top_p, keys).
+Writer = Callable[[Sequence[tuple[list[dict], str]], int, float, float, Sequence[Sequence[tuple]]], list[list[str]]]
 
 
 def sample_texts(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, prompts: Sequence[tuple[list[int], list[int]]],
@@ -109,7 +124,7 @@ def sample_texts(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, pro
     """For each prompt (head, rest) one sampled text for each of its keys, all in one batch; a prompt is read once."""
     caches, last, generators = [], [], []
     for (head, rest), own in zip(prompts, keys):
-        cache = prefixes.read(head)
+        cache = prefixes.read(head) if head else model.new_cache()
         with torch.no_grad():
             model(torch.tensor([rest[:-1]], device=model.device), cache)
         caches += [cache] * len(own)
@@ -119,31 +134,113 @@ def sample_texts(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, pro
     return [[tokenizer.decode(next(texts)) for _ in own] for own in keys]
 
 
-def synthesize(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, samples: Sequence[Sample], k: int = 1,
-               mode: str = "request", temperature: float = 0.7, top_p: float = 0.95,
-               seed: int = 0) -> list[tuple[list[Pair], list[Rejected]]]:
-    """For each sample up to k pairs (x', y') written by the model itself, and the tries that failed; at most TRIES tries a pair.
+def local_writer(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches) -> Writer:
+    """The model itself, or a teacher that is loaded beside it."""
+    def write(prompts, limit, temperature, top_p, keys):
+        ids = [(head, rest + tokenizer.encode(start)) for messages, start in prompts for head, rest in [tokenizer.split_chat(messages)]]
+        return sample_texts(model, tokenizer, prefixes, ids, limit, temperature, top_p, keys)
+    return write
 
-    mode "joint" (the paper's way) writes request and calls in one go. mode "request" writes the request, then samples
-    its calls LABELS times and keeps the majority of those that pass the schema check.
+
+TIMEOUT, RETRIES, WAIT = 120.0, 5, 1.0      # seconds for one reply; further tries; seconds before the first, doubled each time
+
+
+@dataclass(frozen=True)
+class RemoteWriter:
+    """A teacher behind an OpenAI-compatible API, POST <url>/chat/completions; ValueError for an address that is not safe.
+
+    The key is read from OPENAI_API_KEY at each request, and goes nowhere else: over plain http only to this machine, not on
+    after a redirect, into no message and no file. How long a reply may be is left to the server.
+    """
+    url: str
+    model: str
+
+    def __post_init__(self):
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise ValueError("--teacher: a URL is to look like https://host/v1, without a user name, a key or a query in it")
+        if parts.scheme == "http" and "OPENAI_API_KEY" in os.environ and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+            raise ValueError(f"--teacher {self.url}: OPENAI_API_KEY would travel unencrypted; use https, or unset the key")
+
+    def __call__(self, prompts, limit, temperature, top_p, keys) -> list[list[str]]:
+        jobs = [(messages, start, key) for (messages, start), own in zip(prompts, keys) for key in own]
+        with ThreadPoolExecutor(8) as pool:
+            texts = iter(list(pool.map(lambda job: self.ask(*job, temperature, top_p), jobs)))
+        return [[next(texts) for _ in own] for own in keys]
+
+    def ask(self, messages: list[dict], start: str, key: tuple, temperature: float, top_p: float) -> str:
+        """One reply. The seed makes it repeatable where the server heeds it."""
+        *before, last = messages
+        if start:                                       # the API cannot begin the assistant's turn, so the user asks for it
+            last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. Write what follows, and nothing else:\n{start}"}
+        body = {"model": self.model, "messages": [*before, last], "seed": seeded(*key).initial_seed() % 2 ** 31}
+        # what is 1, the API's own default, is left out: some models take no temperature
+        body |= {name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value != 1}
+        reply = self.post(json.dumps(body).encode())
+        try:
+            text = reply["choices"][0]["message"]["content"] or ""
+            return next((text[len(start) - i:] for i in range(len(start)) if text.startswith(start[i:])), text)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise ConnectionError(f"--teacher {self.url}: the reply is none of /chat/completions ({str(reply)[:80]})") from None
+
+    def post(self, body: bytes) -> dict:
+        """The reply's JSON; ConnectionError after RETRIES further tries of what may pass (busy, broken or late servers)."""
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, {"Content-Type": "application/json"})
+        if key := os.environ.get("OPENAI_API_KEY"):
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        for attempt in range(RETRIES + 1):
+            wait = WAIT * 2 ** attempt
+            try:
+                with urllib.request.build_opener(NoRedirect).open(request, timeout=TIMEOUT) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code} {error.reason}"
+                if error.code not in (408, 409, 429) and error.code < 500:
+                    hint = {401: "; is OPENAI_API_KEY set and right?", 403: "; is OPENAI_API_KEY set and right?",
+                            404: "; is the URL right (.../v1) and --teacher-model known there?"}.get(error.code, "")
+                    raise ConnectionError(f"--teacher {self.url}: {problem}{hint}") from None
+                if (error.headers.get("Retry-After") or "").isdigit():
+                    wait = min(60, max(wait, int(error.headers["Retry-After"])))
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                problem = str(getattr(error, "reason", error)) or type(error).__name__
+            if attempt < RETRIES:
+                time.sleep(wait)
+        raise ConnectionError(f"--teacher {self.url}: no reply after {RETRIES + 1} tries ({problem}); what is finished is kept, and the same "
+                              "command goes on")
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: the key and the prompts are for the host that the user named."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------- pairs
+
+def synthesize(writer: Writer, samples: Sequence[Sample], k: int = 1, mode: str = "request", temperature: float = 0.7, top_p: float = 0.95,
+               seed: int = 0, filter: str = "schema") -> list[tuple[list[Pair], list[Rejected]]]:
+    """For each sample up to k pairs (x', y'), and the tries that failed; at most TRIES tries a pair.
+
+    mode "joint" (the paper's way): request and call in one go. "request": the request, then LABELS samples of its calls, of
+    which the majority is kept. filter: "none" keeps what was written (of several calls the first); "schema" what fits the
+    tools; "consistent" only what more than half of LABELS sampled answers to the request agree with, too.
     """
     found: list[tuple[list[Pair], list[Rejected]]] = [([], []) for _ in samples]
-    seeds, asks = [request_text(sample) for sample in samples], []
-    for sample, seed_request in zip(samples, seeds):
-        head, ask = tokenizer.split_chat(pair_prompt(sample, mode))
-        asks.append((head, ask + tokenizer.encode(PAIR_START.format(request=seed_request))))
-    def write(prompts, limit, keys): return sample_texts(model, tokenizer, prefixes, prompts, limit, temperature, top_p, keys)
+    seeds = [request_text(sample) for sample in samples]
+    asks = [(pair_prompt(sample, mode), PAIR_START.format(request=seed_request)) for sample, seed_request in zip(samples, seeds)]
     for attempt in range(TRIES * k):
         todo = [i for i, (pairs, _) in enumerate(found) if len(pairs) < k]
         if not todo:
             break
         limit = MAX_REQUEST_TOKENS + (MAX_CALL_TOKENS if mode == "joint" else 0)
-        written = [texts[0] for texts in write([asks[i] for i in todo], limit, [[(seed, samples[i].id, "pair", attempt)] for i in todo])]
+        written = [texts[0] for texts in writer([asks[i] for i in todo], limit, temperature, top_p,
+                                                [[(seed, samples[i].id, "pair", attempt)] for i in todo])]
         drafts = []                                     # (sample, request, what follows it, all that was written)
         for i, text in zip(todo, written):
             line, _, rest = text.strip().partition("\n")
             request = line.strip().removesuffix('"').strip()
-            reason = check_request(request, seeds[i])
+            reason = check_request(request, seeds[i] if filter != "none" else "")
             if not reason and any(request == pair.request for pair in found[i][0]):
                 reason = "copy of an earlier pair"
             if reason:
@@ -151,19 +248,58 @@ def synthesize(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, sampl
             else:
                 drafts.append((i, request, rest.strip(), text))
         labels = [[]] * len(drafts)
-        if mode == "request" and drafts:
-            prompts = [tokenizer.split_chat(call_prompt(with_request(samples[i], request))) for i, request, _, _ in drafts]
-            labels = write(prompts, MAX_CALL_TOKENS, [[(seed, samples[i].id, "label", attempt, j) for j in range(LABELS)]
-                                                      for i, _, _, _ in drafts])
-        for (i, request, text, whole), texts in zip(drafts, labels):
-            if mode == "joint":
-                votes, reason = 1, check_calls(parse_calls(text).calls, samples[i])
-            else:
-                text, votes, reasons = majority(texts, samples[i])
-                reason = "" if text else reasons.most_common(1)[0][0]
-                whole += "\n" + texts[0]
+        if drafts and (mode == "request" or filter == "consistent"):
+            count = LABELS if filter != "none" else 1
+            labels = writer([(call_prompt(with_request(samples[i], request)), "") for i, request, _, _ in drafts], MAX_CALL_TOKENS, temperature,
+                            top_p, [[(seed, samples[i].id, "label", attempt, j) for j in range(count)] for i, _, _, _ in drafts])
+        for (i, request, rest, whole), texts in zip(drafts, labels):
+            text, votes, reason = label(samples[i], rest, texts, mode, filter)
             if reason:
-                found[i][1].append(Rejected(whole, reason))
+                found[i][1].append(Rejected("\n".join([whole, *texts[:1]]), reason))
             else:
                 found[i][0].append(Pair(request, parse_calls(text).calls, text.strip(), votes))
     return found
+
+
+def label(sample: Sample, written: str, texts: Sequence[str], mode: str, filter: str) -> tuple[str, int, str]:
+    """The answer of a pair as text, the votes for it, and why it is not kept or "". written: what followed the request;
+    texts: the sampled answers to it, if any."""
+    if filter == "none":
+        return (texts or [written])[0], 1, ""
+    text, votes, reasons = majority(texts, sample, LABELS // 2 + 1 if filter == "consistent" else AGREE) if texts else (written, 1, {})
+    if not text:
+        return "", votes, reasons.most_common(1)[0][0]
+    def key(text): return calls_key(parse_calls(text).calls, sample.tools)
+    if mode == "joint" and key(text) != key(written):
+        return "", votes, "the majority calls something else"
+    text = written if mode == "joint" else text
+    return text, votes, check_calls(parse_calls(text).calls, sample)
+
+
+# ------------------------------------------------------------------------------------------ what the pairs are like
+
+def rouge_l(text: str, other: str) -> float:
+    """ROUGE-L, in [0, 1]: F1 of the longest common subsequence of words (Lin 2004)."""
+    a, b = text.casefold().split(), other.casefold().split()
+    row = [0] * (len(b) + 1)                            # row[j]: the longest of what was read of a, and b[:j]
+    for word in a:
+        before = row
+        row = [0]
+        for j, against in enumerate(b):
+            row.append(before[j] + 1 if word == against else max(before[j + 1], row[j]))
+    return 2 * row[-1] / (len(a) + len(b)) if a or b else 1.0
+
+
+def distinct_2(texts: Iterable[str]) -> float:
+    """The share of word pairs, over all texts, that are different ones (Li et al. 2016); NaN without any."""
+    pairs = [pair for text in texts for words in [text.casefold().split()] for pair in zip(words, words[1:])]
+    return len(set(pairs)) / len(pairs) if pairs else float("nan")
+
+
+def argument_values(calls: Iterable[dict]) -> list[str]:
+    """The scalar values of calls' arguments, also those inside lists and objects, as text."""
+    def scalars(value):
+        if isinstance(value, (dict, list)):
+            return [text for item in (value.values() if isinstance(value, dict) else value) for text in scalars(item)]
+        return [str(value)]
+    return [text for call in calls for text in scalars(call["arguments"])]

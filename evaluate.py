@@ -1,6 +1,7 @@
 """Scoring an answer against a sample's gold calls (the one file that reads `Sample.answers`), and what runs come to.
 
-    python evaluate.py runs/*                                            # one table of several runs
+    python evaluate.py runs/*                                            # tables of several runs: compared, with intervals
+    python evaluate.py runs/* --markdown | --json                            # the same for a README, or for a machine
     python evaluate.py runs/nexusraven-tiny-ttsi-s0 --sample nexusraven-7     # one sample's story
     python evaluate.py runs/nexusraven-tiny-ttsi-s0 --verify                  # is the run whole, and scored right?
     python evaluate.py runs/nexusraven-tiny-ttsi-s0 --uncertainty --plot plots     # which score knows what is wrong?
@@ -15,9 +16,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import mean, median, stdev
 
 import torch
 
+from augment import argument_values, distinct_2, rouge_l
 from data import Sample, call_text, load
 from data.calls import Call, call_key, parse_calls
 from uncertainty import RANKING, SCORES, bootstrap, calibration, cross_fitted, cumulative, gain_budget, gate_rates, interval, ranking, \
@@ -100,6 +103,11 @@ def reachable(sample: Sample) -> bool:
 # The paper's figures, in percent: Qwen2.5-1.5B-Instruct, the whole benchmark, means of 5 seeds.
 PAPER_GAIN = {"toolalpaca": 5.84, "nexusraven": 6.05, "sealtool": 5.76, "apibank": 4.26}
 PAPER_SEALTOOL = "66.37 -> 72.43"
+PAPER = {       # (benchmark, method, gate, pairs, tau): accuracy
+    ("sealtool", "base"): 66.37, ("sealtool", "ttsi", "score", "self", 0.95): 72.43, ("sealtool", "ttsi", "all", "self"): 73.47,
+    ("sealtool", "ttsi", "certain", "self", 0.95): 70.07, ("sealtool", "ttsi", "score", "self", 0.35): 68.10,
+    ("sealtool", "sft"): 70.20, ("sealtool", "ttsi", "all", "gold"): 78.89}
+PAPER_MEANS = {"ttsi": "+5.48 / +3.85 / +3.46", "ttd": "+6.42 / +5.53 / +6.11"}     # gain in direct answers / vote / pass@5
 
 
 def read_json(path: Path) -> dict:
@@ -160,6 +168,12 @@ def digest_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def parts(record: dict) -> list[tuple[str, dict]]:
+    """The answers of a record that have a verdict, each with what it is."""
+    voted = [("the vote", record["vote"])] if record.get("vote") else []
+    return [("base", record["base"]), ("answer", record["answer"]), *voted, *(("a sampled answer", s) for s in record["sampled"])]
+
+
 def verify(folder: Path) -> list[str]:
     """What is wrong with a run, in words; nothing if its records are whole, of this data, and scored as they would be now."""
     config, facts, wrong = read_json(folder / "config.json"), read_json(folder / "facts.json"), []
@@ -179,7 +193,7 @@ def verify(folder: Path) -> list[str]:
         wrong.append(f"{len(strange)} records are of no sample, the first is {strange[0]}")
     for id in sorted(records.keys() & known.keys()):
         record, sample = records[id], known[id]
-        for when, part in (("base", record["base"]), ("answer", record["answer"]), *(("a sampled answer", s) for s in record["sampled"])):
+        for when, part in parts(record):
             now = asdict(exact_match(part["text"], sample))
             if other := [name for name, value in now.items() if part.get(name) != value]:
                 wrong.append(f"{id}: of {when}, {', '.join(other)} would be scored otherwise now")
@@ -226,14 +240,15 @@ COLUMNS = (("run", None), ("n", "n"), ("uncertain", "uncertain"), ("adapted", "a
            ("parsed", "answer_parsed"), ("s/sample", "pace"))
 
 
-def table(folders: Sequence[Path]) -> str:
+def table(folders: Sequence[Path], markdown: bool = False, rescored: bool = False) -> str:
     """One line a run, under it what may be compared with it; accuracies in percent, by the `exact` rule."""
-    rows, notes = [[name for name, _ in COLUMNS]], []
+    rows, notes = [[name for name, _ in COLUMNS]], {}      # notes: text -> the runs that it is about
+    def note(text): notes.setdefault(text, []).append(printable(folder.name))
     for folder in folders:
-        config, records = read_json(folder / "config.json"), read_records(folder)
+        config, records = read_json(folder / "config.json"), rescore(folder) if rescored else read_records(folder)
         summary = summarise(records)
         if summary["n"] == 0:
-            notes.append(f"{folder}: no finished sample yet")
+            note("no finished sample yet")
             continue
         summary["gain"] = summary["accuracy"] - summary["base_accuracy"]
         summary["pace"] = f"{sum(summary['seconds'].values()) / summary['n']:.2f}"
@@ -243,20 +258,264 @@ def table(folders: Sequence[Path]) -> str:
             cells.append(f"{100 * value:{'+' if key == 'gain' else ''}.1f}" if isinstance(value, float) else str(value))
         rows.append(cells)
         if config.get("data") == "bundled":
-            notes.append(f"{folder.name}: bundled samples, this project's own; not comparable with any benchmark's figures")
+            note("bundled samples, this project's own; not comparable with any benchmark's figures")
         elif config.get("bench") in PAPER_GAIN and not Path(config.get("data", "")).is_file():
-            notes.append(f"{folder.name}: the paper, with Qwen2.5-1.5B-Instruct and 5 seeds: gain +{PAPER_GAIN[config['bench']]:.2f}"
+            note(f"the paper, with Qwen2.5-1.5B-Instruct and 5 seeds: gain +{PAPER_GAIN[config['bench']]:.2f}"
                          + (f" ({PAPER_SEALTOOL})" if config["bench"] == "sealtool" else ""))
         if summary["k"]:
-            notes.append(f"{folder.name}: pass@{summary['k']} {100 * summary['pass_at_k']:.1f}, any of the sampled answers being right")
+            note(f"pass@{summary['k']} {100 * summary['pass_at_k']:.1f}, any of the sampled answers being right")
         if config.get("tau") == "auto" or config.get("budget"):
-            notes.append(f"{folder.name}: {chosen_tau(records)}")
+            note(chosen_tau(records))
         for outcome, what in DROPPED.items():
             if count := sum(record["outcome"] == outcome for record in records):
-                notes.append(f"{folder.name}: {count} adaptations {what}")
+                note(f"{count} adaptations {what}")
         if summary["reachable"] < 1:
-            notes.append(f"{folder.name}: at most {summary['reachable']:.1%} can be reached: elsewhere a gold call's tool is not offered")
-    return "\n".join([grid(rows), *notes])
+            note(f"at most {summary['reachable']:.1%} can be reached: elsewhere a gold call's tool is not offered")
+        if config.get("gate") == "oracle" or config.get("pairs") == "gold":
+            note("uses labels")
+    return "\n".join([grid(rows, markdown), *(f"{', '.join(names) if len(names) < len(folders) or len(names) == 1 else 'all runs'}: {text}"
+                                              for text, names in notes.items())])
+
+
+# ------------------------------------------------------------------------------------------------ is a gain real?
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share right / n (Wilson 1927), in [0, 1]."""
+    p, d = right / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(fixed: int, harmed: int) -> float:
+    """The exact two-sided p of fixed against harmed, were both as likely (McNemar 1947; binomial, not chi-squared)."""
+    n = fixed + harmed
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(fixed, harmed) + 1)) / 2 ** n)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values adjusted for being several (Holm 1979), in the same order."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def nested_bootstrap(gain: torch.Tensor, times: int = 2000) -> torch.Tensor:
+    """(times,) mean gains of resamples of a paired difference (S seeds, n samples): samples drawn, and for each one of its seeds."""
+    (seeds, n), draw = gain.shape, torch.Generator().manual_seed(0)
+    samples = torch.randint(n, (times, n), generator=draw)
+    return gain.double()[torch.randint(seeds, (times, n), generator=draw), samples].mean(1)
+
+
+def detectable(n: int, discordant: float = 0.15) -> float:
+    """The smallest gain, as a share, that one run over n samples finds with 80 % power at 5 %, where so many answers change."""
+    return (1.959964 + 0.841621) * math.sqrt(discordant / n)
+
+
+def pass_at(k: int, drawn: int, right: int) -> float:
+    """The unbiased estimate of P(any of k draws is right) from `drawn` draws of which `right` are (Chen et al. 2021)."""
+    return 1 - math.comb(drawn - right, k) / math.comb(drawn, k)
+
+
+# ------------------------------------------------------------------------------------------------- runs compared
+
+APART = ("seed", "limit", "batch", "out", "device", "offline", "verbose", "overwrite", "bench", "data", "lr")
+
+
+def grouped(folders: Sequence[Path], rescored: bool = False) -> list[dict]:
+    """The runs that differ in nothing but their seed, together: benchmark, name (the options that differ among the runs at
+    hand), configuration, and the runs' records, which are about the same samples."""
+    runs = [(config, records) for folder in folders
+            for config, records in [(read_json(folder / "config.json"), rescore(folder) if rescored else read_records(folder))] if records]
+    varied = [name for name in dict.fromkeys(name for config, _ in runs for name in config)
+              if name not in APART and len({json.dumps(config.get(name)) for config, _ in runs}) > 1]
+    groups: dict[tuple, dict] = {}
+    for config, records in runs:
+        said = [str(config.get("method", "run")), *(f"{name} {config[name]}" for name in varied
+                                                   if name in config and name not in ("method", "model", "teacher", "teacher_model", "train_data"))]
+        said += [Path(config["model"]).name] if "model" in varied else []
+        said += ["(uses labels)"] if config.get("gate") == "oracle" or config.get("pairs") == "gold" else []
+        bench = config.get("bench", "") + (", bundled" if config.get("data") == "bundled" else "")
+        group = groups.setdefault((bench, *said), {"bench": bench, "name": " ".join(said), "config": config, "runs": []})
+        group["runs"].append({record["id"]: record for record in records})
+    for group in groups.values():                       # a run that was stopped lacks samples: compare those that all have
+        common = [id for id in group["runs"][0] if all(id in run for run in group["runs"])]
+        group["runs"] = [[run[id] for id in common] for run in group["runs"]]
+    return [group for group in groups.values() if group["runs"][0]]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else math.nan}
+
+
+def compare(groups: Sequence[dict]) -> list[dict]:
+    """For each group: accuracy before and after, the gain with its interval and tests, what was fixed, and what it cost."""
+    rows = []
+    for group in groups:
+        runs, n, config = group["runs"], len(group["runs"][0]), group["config"]
+        gain = torch.tensor([[r["answer"]["exact"] - r["base"]["exact"] for r in run] for run in runs])
+        fixed, harmed = [(g > 0).sum().item() for g in gain], [(g < 0).sum().item() for g in gain]
+        wrong = [r for run in runs for r in run if not r["base"]["exact"]]
+        kinds = Counter(kind_of(r["base"]["reason"]) for run in runs for r in run if r["answer"]["exact"] and not r["base"]["exact"])
+        low, high = interval(nested_bootstrap(gain)) if gain.any() else (0.0, 0.0)
+        method, gate, pairs, tau = (config.get(key) for key in ("method", "gate", "pairs", "tau"))
+        published = next((PAPER[key] for key in ((group["bench"], method, gate, pairs, tau), (group["bench"], method, gate, pairs),
+                                                 (group["bench"], method)) if key in PAPER), math.nan)
+        acted = [r for run in runs for r in run if r.get("acted", r["uncertain"]) and method != "base"]
+        draw = mean_of(r["seconds"]["sampled"] / len(r["sampled"]) if r["sampled"] and "sampled" in r["seconds"] else r["seconds"].get("base", 0.0)
+                       for run in runs for r in run)
+        extra = mean_of(sum(s for stage, s in r["seconds"].items() if stage in ("pairs", "train", "answer")) for r in acted)
+        rows.append({
+            "bench": group["bench"], "name": group["name"], "n": n, "seeds": len(runs),
+            "base": mean(r["base"]["exact"] for run in runs for r in run),
+            "base interval": wilson(sum(r["base"]["exact"] for r in runs[0]), n),
+            "after": spread([mean(r["answer"]["exact"] for r in run) for run in runs]), "gain": gain.double().mean().item(),
+            "interval": (low, high), "fixed": sum(fixed), "harmed": sum(harmed), "p": median(map(mcnemar, fixed, harmed)),
+            "detectable": detectable(n), "uncertain": mean(r["uncertain"] for run in runs for r in run),
+            "acted": len(acted) / n / len(runs), "TPR": mean_of(r.get("acted", r["uncertain"]) for r in wrong),
+            **{f"fixed {kind}": kinds[kind] for kind in ("format", "name", "argument")}, "seconds": mean(sum(r["seconds"].values()) for run in runs for r in run),
+            "tokens": mean(sum(r.get("tokens", {}).values()) for run in runs for r in run), "extra seconds": extra,
+            "draws": extra / draw if draw else math.nan, "paper": published})
+    for name in {row["name"] for row in rows}:
+        same = [row for row in rows if row["name"] == name]
+        for row, p in zip(same, holm([row["p"] for row in same])):
+            row["holm"] = p
+    return rows
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """The mean; NaN of nothing."""
+    values = list(values)
+    return mean(values) if values else math.nan
+
+
+def kind_of(reason: str) -> str:
+    """What a wrong answer lacked: its form, the tool's name, or an argument."""
+    kind = reason.partition(":")[0]
+    return "format" if kind in ("unparsable", "wrong number of calls") else "name" if kind == "wrong name" else "argument"
+
+
+def votes(groups: Sequence[dict]) -> list[dict]:
+    """The paper's Table 1 for runs with sampled answers of every sample: direct, majority vote, and pass@k for k = 1 and all."""
+    rows = []
+    for group in groups:
+        runs = [run for run in group["runs"] if all(r.get("vote") for r in run)]
+        if runs:
+            k = min(len(r["sampled"]) for run in runs for r in run)
+            rows.append({"bench": group["bench"], "name": group["name"], "n": len(runs[0]), "seeds": len(runs), "k": k,
+                         "direct": spread([mean(r["answer"]["exact"] for r in run) for run in runs]),
+                         "vote": spread([mean(r["vote"]["exact"] for r in run) for run in runs]),
+                         **{name: spread([mean(pass_at(size, len(r["sampled"]), sum(s["exact"] for s in r["sampled"])) for r in run) for run in runs])
+                            for name, size in (("pass@1", 1), ("pass@k", k))}, "paper": PAPER_MEANS.get(group["config"].get("method"), "")})
+    return rows
+
+
+def describe_pairs(groups: Sequence[dict]) -> list[dict]:
+    """What was written and learnt: validity, novelty and agreement of the pairs, the training, and what could leak."""
+    rows = []
+    for group in groups:
+        records = [r for run in group["runs"] for r in run if r["pairs"] or r["rejected"]]
+        pairs = [(r, pair) for r in records for pair in r["pairs"]]
+        if not pairs:
+            continue
+        requests = [pair["request"] for _, pair in pairs]
+        values = [(value.casefold() in r["request"].casefold()) for r, pair in pairs for value in argument_values(pair["calls"])]
+        def names(calls): return Counter(call["name"] for call in calls)
+        def gold_calls(record): return [asdict(call) for call in parse_calls(record["gold"]).calls]
+        losses = [r["losses"] for r in records if r["losses"]]
+        leaks = [value for r, pair in pairs for value in argument_values(gold_calls(r))
+                 if len(value) > 2 and value.casefold() in json.dumps([pair["request"], pair["calls"]], ensure_ascii=False).casefold()
+                 and value.casefold() not in r["request"].casefold()]
+        rows.append({
+            "bench": group["bench"], "name": group["name"], "pairs": len(pairs), "valid": len(pairs) / (len(pairs) + sum(len(r["rejected"]) for r in records)),
+            "unique": len(set(requests)) / len(requests), "distinct-2": distinct_2(requests),
+            "ROUGE-L": mean(rouge_l(pair["request"], r["request"]) for r, pair in pairs), "copied values": mean_of(values),
+            "tool as direct": mean(names(pair["calls"]) == names([asdict(c) for c in parse_calls(r["base"]["text"]).calls]) for r, pair in pairs),
+            "tool as gold": mean(names(pair["calls"]) == names(gold_calls(r)) for r, pair in pairs),
+            "repeats": sum(pair["request"].casefold() in r["request"].casefold() for r, pair in pairs), "leaks": len(leaks),
+            "rejected": dict(Counter(j["reason"].partition(":")[0] for r in records for j in r["rejected"]).most_common()),
+            "first loss": mean_of(own[0] for own in losses), "last loss": mean_of(own[-1] for own in losses if math.isfinite(own[-1])),
+            "largest norm": max((norm for r in records for norm in r.get("norms", [])), default=math.nan),
+            "non-finite": sum(r["outcome"] == "non-finite" for r in records),
+            "KL": mean_of(r["kl"] for r in records if r.get("kl") is not None)})
+    return rows
+
+
+def latency(groups: Sequence[dict]) -> list[dict]:
+    """Median seconds of each stage, over the samples that went through it."""
+    return [{"bench": group["bench"], "name": group["name"], **{
+        stage: median(r["seconds"][stage] for run in group["runs"] for r in run if stage in r["seconds"])
+        for stage in dict.fromkeys(stage for run in group["runs"] for r in run for stage in r["seconds"])}} for group in groups]
+
+
+def without_nan(value):
+    """For JSON, which has no NaN: None in its place."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def percent(value: float, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{100 * value:{sign}.1f}"
+
+
+def plus_minus(value: dict[str, float]) -> str:
+    return percent(value["mean"]) + ("" if math.isnan(value["sd"]) else f" ± {100 * value['sd']:.1f}")
+
+
+def plain(value) -> str:
+    return "-" if isinstance(value, float) and math.isnan(value) else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def points(pair: tuple[float, float]) -> str:
+    return f"[{100 * pair[0]:+.1f}, {100 * pair[1]:+.1f}]"
+
+
+def report(folders: Sequence[Path], markdown: bool = False, rescored: bool = False) -> str:
+    """The runs one by one, and where there are several, compared."""
+    text = [table(folders, markdown, rescored)]
+    groups = grouped(folders, rescored)
+    def add(title, rows, columns, notes=""):
+        if rows:
+            shown = [[name for name, _, _ in columns], *([form(row[key]) for _, key, form in columns] for row in rows)]
+            text.append("\n".join(filter(None, [title, *([""] * markdown), grid(shown, markdown), notes])))
+    if len(folders) > 1:
+        which = [("bench", "bench", str), ("run", "name", str)]
+        rows = compare(groups)
+        add("Gains, in points of accuracy", rows, [*which, ("n", "n", str), ("seeds", "seeds", str), ("uncertain", "uncertain", percent),
+            ("acted", "acted", percent), ("TPR", "TPR", percent), ("base", "base", percent), ("after", "after", plus_minus),
+            ("gain", "gain", lambda g: percent(g, "+")), ("95 %", "interval", points), ("fixed", "fixed", str), ("harmed", "harmed", str),
+            ("p", "p", plain), ("Holm", "holm", plain), ("draws", "draws", plain), ("paper", "paper", plain)],
+            "95 %: paired bootstrap over samples, seeds nested. p: exact McNemar, the median of the seeds; Holm: over the benchmarks. draws: how many "
+            "sampled answers cost as many seconds.\nOne run finds, with 80 % power: "
+            + ", ".join(f"{100 * gain:.1f} points with n = {n}" for n, gain in dict.fromkeys((row["n"], row["detectable"]) for row in rows)) + ".")
+        add("Direct answers, majority vote, pass@k (the paper's Table 1; its means of four benchmarks are gains over the base in each)", votes(groups),
+            [*which, ("n", "n", str), ("seeds", "seeds", str), ("k", "k", str), *((name, name, plus_minus) for name in ("direct", "vote", "pass@1", "pass@k")),
+             ("paper", "paper", str)])
+        add("The pairs, and learning them", describe_pairs(groups), [*which, ("pairs", "pairs", str), *((name, name, percent) for name in (
+            "valid", "unique", "distinct-2", "ROUGE-L", "copied values", "tool as direct", "tool as gold")), ("repeats", "repeats", str), ("leaks", "leaks", str),
+            *((name, name, plain) for name in ("first loss", "last loss", "largest norm", "non-finite", "KL"))],
+            "Shares in percent. ROUGE-L: to the sample's request. repeats: the request again. leaks: gold values in a pair that the request does not hold.")
+        stages = dict.fromkeys(name for row in latency(groups) for name in row if name not in ("bench", "name"))
+        add("Median seconds of each stage, where a sample went through it", [dict.fromkeys(stages, math.nan) | row for row in latency(groups)],
+            [*which, *((stage, stage, plain) for stage in stages)])
+    return "\n\n".join(text)
+
+
+def rescore(folder: Path) -> list[dict]:
+    """The records of a run with the verdicts that its stored texts would be given now; the files stay as they are."""
+    config, records = read_json(folder / "config.json"), read_records(folder)
+    bundled = config["data"] == "bundled"
+    samples = {s.id: s for s in load(config["bench"], None if bundled else config["data"] or None, offline=True, bundled=bundled)}
+    for record in records:
+        if record["id"] not in samples:
+            raise ValueError(f"{folder}: {record['id']} is no sample of {config['data'] or config['bench']}: is that the data of the run?")
+        for _, part in parts(record):
+            part.update(asdict(exact_match(part["text"], samples[record["id"]])))
+    return records
 
 
 # ------------------------------------------------------------------------------------------- which uncertainty, and plots
@@ -290,8 +549,10 @@ def chosen_tau(records: Sequence[dict]) -> str:
     return f"tau = {records[0]['tau']:.3g}, chosen without labels; regret to the best tau in hindsight: {100 * (best - now):.1f} points"
 
 
-def grid(rows: Sequence[Sequence[str]]) -> str:
+def grid(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     """Rows as aligned columns, the first to the left, under a ruled head."""
+    if markdown:
+        return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -477,6 +738,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "answers first, is p(1) calibrated, what is the gate worth")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write pictures of the run to this folder (of several runs: to folders "
                         "in it); needs matplotlib")
+    parser.add_argument("--markdown", action="store_true", help="tables for a README")
+    parser.add_argument("--json", action="store_true", help="all figures, for a machine: shares in [0, 1]")
+    parser.add_argument("--rescore", action="store_true", help="score the stored texts again, offline, and show what comes out; nothing is written")
     parser.add_argument("--verify", action="store_true", help="check the runs: a record for every sample, configuration and data "
                         "unchanged, every verdict as it would be given now, base weights the same before and after")
     args = parser.parse_args(argv)
@@ -497,8 +761,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(*plot(folder, args.plot if len(args.runs) == 1 else args.plot / folder.name), sep="\n")
         if args.uncertainty or args.plot:
             return 0
+        if args.json:
+            groups = grouped(args.runs, args.rescore)
+            runs = {str(folder): summarise(rescore(folder) if args.rescore else read_records(folder)) for folder in args.runs}
+            print(json.dumps(without_nan({"runs": runs, "gains": compare(groups), "votes": votes(groups), "pairs": describe_pairs(groups),
+                                          "seconds": latency(groups)}), indent=1))
+            return 0
         if args.sample is None:
-            print(table(args.runs))
+            print(report(args.runs, args.markdown, args.rescore))
             return 0
         for folder in args.runs:
             records = {record["id"]: record for record in read_records(folder)}

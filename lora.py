@@ -88,6 +88,14 @@ def merge(layer: nn.Linear, A: torch.Tensor, B: torch.Tensor, alpha: float) -> t
     return (layer.weight.float() + alpha / A.shape[0] * B @ A).to(layer.weight.dtype)
 
 
+@torch.no_grad()
+def merge_adapter(model: nn.Module, params: Params, alpha: float) -> None:
+    """Make an adapter (a batch of one) part of the model's weights for good: a run then has these as its theta_0."""
+    for name, (A, B) in params.items():
+        layer = model.get_submodule(name)
+        layer.weight.copy_(merge(layer, A[0], B[0], alpha))
+
+
 def save_adapter(folder: Path, params: Params, alpha: float, row: int = 0, base_model: str = "") -> None:
     """Write one row's adapter as adapter_config.json and adapter_model.safetensors, the format of Hugging Face's peft."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@
 A run can be stopped at any moment: the same command, with any number of processes, goes on where it was.
 """
 import argparse
+import copy
 import datetime
 import errno
 import fcntl
@@ -16,13 +17,15 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,10 +35,10 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from augment import check_calls, request_text, sample_texts, synthesize, with_request
+from augment import Pair, RemoteWriter, Writer, check_calls, local_writer, request_text, sample_texts, synthesize, with_request
 from data import Sample, call_prompt, call_text
 from data.calls import calls_key, parse_calls
-from lora import TARGETS, Params, adapters, keep_rows, new_params, targeted
+from lora import TARGETS, Params, adapters, keep_rows, load_adapter, merge_adapter, new_params, save_adapter, targeted
 from model import ContextError, KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, pad, seeded
 from uncertainty import ORDERS, SCORES, Evidence, answer_parts, choose_scores, entropy_of, name_lengths, otsu, score_candidates, \
     softmax_difference, threshold_between
@@ -50,6 +53,9 @@ def option(default, text: str, group: str, **more):
     return field(default=default, metadata={"help": text, "group": group, **more})
 
 
+USES = {"teacher": ("ttd",), "train_data": ("icl", "sft")}      # options that only these methods use, and need
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that a run depends on. The paper's value is the default, except where the help says "ours"."""
@@ -60,9 +66,16 @@ class Config:
                         "what to run")
     method: str = option("ttsi", "base: direct answers only; ttsi: adapt to the uncertain samples; ttd: to pairs that --teacher wrote; "
                          "without any training: tticl: the pairs as examples in the prompt; vote: the majority of sampled answers; "
-                         "retry: sampled again until an answer fits the tools' schema; again: asked once more", "what to run",
-                         choices=("base", "ttsi", "ttd", "tticl", "vote", "retry", "again"))
-    teacher: str = option("", "for ttd: hub id or folder of the model that writes the pairs, such as a larger Qwen2.5", "what to run")
+                         "retry: sampled again until an answer fits the tools' schema; again: asked once more; and on every sample, from "
+                         "--train-data: icl: K examples in the prompt; sft: an adapter trained once", "what to run",
+                         choices=("base", "ttsi", "ttd", "tticl", "vote", "retry", "again", "icl", "sft"))
+    teacher: str = option("", "for ttd, who writes the pairs: hub id or folder, such as a larger Qwen2.5; or the URL of an OpenAI-compatible "
+                          "API, as https://host/v1, with its key in OPENAI_API_KEY", "what to run")
+    teacher_model: str = option("", "the teacher's name there", "what to run")
+    adapter: str = option("", "an adapter in peft's format that is merged into the model before all else, such as one of sft", "what to run")
+    train_data: str = option("", "for icl and sft: a file of samples with their calls that are not those of the test", "what to run")
+    train_limit: int = option(0, "only the first N of them (0: all)", "what to run")
+    train_batch: int = option(8, "examples in a step of sft", "what to run")
     seed: int = option(0, "seeds every draw, together with the sample's id", "what to run")
     limit: int = option(0, "only the first N samples (0: all)", "what to run")
     tau: float | str = option(0.95, "uncertain where the softmax difference is below tau, in [0, 1] (with another --gate-score: "
@@ -71,14 +84,19 @@ class Config:
     budget: float = option(0.0, "choose tau, without labels, so that this share of the samples is uncertain, in (0, 1]; "
                            "u = 1, as with a single tool, is never uncertain",
                            "H, uncertainty")
-    gate: str = option("score", "which samples a method acts on: those that the score finds uncertain, or, as controls: all, or certain, "
-                       "only those that it is sure of", "H, uncertainty", choices=("score", "all", "certain"))
+    gate: str = option("score", "which samples a method acts on: those that the score finds uncertain, or, as controls: all; certain, "
+                       "only those that it is sure of; random, as many of any; oracle, those that the direct answer gets wrong (uses labels)",
+                       "H, uncertainty", choices=("score", "all", "certain", "random", "oracle"))
     gate_score: str = option("margin", "the score that decides (1 - the softmax difference is 'margin')", "H, uncertainty",
                              choices=tuple(SCORES), metavar="NAME")
     scores: str = option("cheap", "the scores to record: cheap (no pass more), all, or names with commas", "H, uncertainty")
     k: int = option(1, "synthetic pairs for each uncertain sample", "G, synthetic pairs")
     pair: str = option("request", "joint (paper): request and call in one go; request (ours): the request, then the majority "
                        "of sampled calls that fit the schema", "G, synthetic pairs", choices=("joint", "request"))
+    filter: str = option("schema", "a pair is kept if: none: it is there at all; schema: its calls fit the tools; consistent: more than "
+                         "half of sampled answers to its request agree with it, too", "G, synthetic pairs", choices=("none", "schema", "consistent"))
+    pairs: str = option("self", "self: written for the sample itself; or, as controls: unrelated: for another sample; gold: its own request "
+                        "and gold calls (uses labels)", "G, synthetic pairs", choices=("self", "unrelated", "gold"))
     temperature: float = option(0.7, "of all sampling", "G, synthetic pairs")
     top_p: float = option(0.95, "nucleus of all sampling, in (0, 1]", "G, synthetic pairs")
     adapt: str = option("full", "full (paper): the adapter acts on every token; suffix (ours): only on those after the tools, "
@@ -90,8 +108,13 @@ class Config:
     lr: float = option(0.0, "peak learning rate of AdamW (default: 1e-4, the paper's; 2e-3 for the tiny model)",
                        "T, test-time fine-tuning")
     warmup: float = option(0.03, "share of the steps that warm up", "T, test-time fine-tuning")
-    samples: int = option(5, "answers sampled, at --temperature, for vote, for retry, and for the scores of sampled answers",
+    reset: str = option("sample", "sample: back to the base weights after each; never, as an ablation: one adapter learns on and on, and "
+                        "answers every sample", "T, test-time fine-tuning", choices=("sample", "never"))
+    kl: bool = option(False, "record KL(adapted || base) over the request's tokens, for two passes more", "T, test-time fine-tuning")
+    samples: int = option(5, "answers sampled, at --temperature, for vote and retry, --vote, and the scores of sampled answers",
                           "answers and run folder")
+    vote: bool = option(False, "sample --samples answers of whatever model answers a sample, adapted or not, for their majority and "
+                        "pass@k in the tables", "answers and run folder")
     batch: int = option(0, "samples adapted together, each with its own adapter (0: 1 on a CPU, on a GPU as many as fit "
                         f"{BATCH_TOKENS} prompt tokens); changes results by rounding only", "answers and run folder")
     max_new_tokens: int = option(256, "longest answer, in tokens", "answers and run folder")
@@ -105,9 +128,17 @@ class Config:
 
     def __post_init__(self):
         choose_scores(self.scores)
-        if (self.method == "ttd") != bool(self.teacher):
-            raise ValueError("--method ttd needs --teacher, the model that writes the pairs" if self.method == "ttd" else
-                             f"--teacher {self.teacher}: only --method ttd has a teacher")
+        for name, methods in USES.items():
+            flag, value = name.replace("_", "-"), getattr(self, name)
+            if (self.method in methods) != bool(value):
+                raise ValueError(f"--method {self.method} needs --{flag}" if not value else
+                                 f"--{flag} {value}: of the methods only {' and '.join(methods)} use it, and --method is {self.method}")
+        if ("://" in self.teacher) != bool(self.teacher_model):
+            raise ValueError("--teacher URL and --teacher-model NAME need each other")
+        if self.vote and self.method not in ("base", "ttsi", "ttd", "sft"):
+            raise ValueError(f"--vote: not with --method {self.method}, but with base, ttsi, ttd and sft")
+        if self.reset == "never" and self.method not in ("ttsi", "ttd"):
+            raise ValueError(f"--reset never: --method {self.method} trains no adapter that could be kept")
         if self.gate_score != "margin" and self.tau == Config.tau and not self.budget:
             raise ValueError(f"--gate-score {self.gate_score}: {self.tau} is the margin's tau; choose one in this score's own units, "
                              "or --tau auto, or a --budget")
@@ -118,7 +149,8 @@ class Config:
                 ("warmup", 0 <= self.warmup < 1, "in [0, 1)"), ("temperature", self.temperature >= 0, "0 or more"),
                 ("lr", 0 <= self.lr < math.inf, "0 (the default) or more"), ("alpha", 0 < self.alpha < math.inf, "above 0"),
                 ("limit", self.limit >= 0, "0 or more"), ("batch", self.batch >= 0, "0 or more"),
-                *((name, getattr(self, name) >= 1, "1 or more") for name in ("k", "rank", "epochs", "max_new_tokens", "samples"))):
+                ("train_limit", self.train_limit >= 0, "0 or more"),
+                *((name, getattr(self, name) >= 1, "1 or more") for name in ("k", "rank", "epochs", "max_new_tokens", "samples", "train_batch"))):
             if not holds:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
 
@@ -133,6 +165,7 @@ class Record:
     request: str = ""
     margin: float = math.nan                                    # u(x), the softmax difference
     uncertain: bool = False
+    acted: bool = False                                         # whether the gate let the method act on it
     gate: str = "margin"                                        # the score that decided ...
     tau: float = math.nan                                       # ... and the threshold
     scores: dict[str, float] = field(default_factory=dict)      # uncertainty score -> value, higher = less sure
@@ -144,7 +177,10 @@ class Record:
     pairs: list = field(default_factory=list)
     rejected: list = field(default_factory=list)
     losses: list[float] = field(default_factory=list)           # of every training step
-    sampled: list = field(default_factory=list)                 # the sampled answers of vote and retry: text, exact, reason, ...
+    norms: list[float] = field(default_factory=list)            # ... and the norm of its gradient, before clipping
+    kl: float | None = None                                     # KL(adapted || base), nats a token of the request
+    sampled: list = field(default_factory=list)                 # sampled answers: text, exact, reason, ...
+    vote: dict = field(default_factory=dict)                    # the first of them that means what most mean
     gold: str = ""                                              # filled with the verdicts, for the reader
     reachable: bool = True                                      # whether the gold's tools are all on offer
     seconds: dict[str, float] = field(default_factory=dict)     # stage -> s
@@ -164,20 +200,23 @@ def stage(records: Sequence[Record], name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Agent:
-    """The frozen model M with its tokenizer and the KV caches of the prefixes that it has read, and its teacher if it has one."""
+    """The frozen model M with its tokenizer and the KV caches of the prefixes that it has read, and what some methods need."""
     model: Qwen2
     tokenizer: Tokenizer
     prefixes: PrefixCaches
-    teacher: "Agent | None" = None
+    teacher: Writer | None = None                       # of ttd
+    others: tuple[Sample, ...] = ()                     # the test samples, without answers: unrelated pairs are like one of them
+    training: tuple[Sample, ...] = ()                   # of icl and sft, with answers
+    adapter: Params = field(default_factory=dict)       # of sft, and the one that --reset never goes on with
 
 
 Example = tuple[list[int], list[int]]       # prompt ids, answer ids; the loss is on the answer's
 
 
 def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Params, config: Config,
-              prefix: KVCache | None = None) -> list[list[float]]:
+              prefix: KVCache | None = None) -> tuple[list[list[float]], list[list[float]]]:
     """T: train the B adapters that are on the model, each on its own examples, as B independent problems in one pass:
-    own loss, own gradient norm, own AdamW and schedule. Gives the loss of each step of each row, nats a token.
+    own loss, own gradient norm, own AdamW and schedule. Gives of each row each step's loss, nats a token, and gradient norm.
 
     prefix: what the rows' prompts continue, read with the base weights (--adapt suffix), or None (full). A row whose loss
     or gradient is not finite stops there, with a last loss of NaN; the others go on.
@@ -185,7 +224,7 @@ def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Param
     model, device = agent.model, agent.model.device
     tensors = [tensor for pair in params.values() for tensor in pair]                       # (B, ...) each
     means, squares = [torch.zeros_like(t) for t in tensors], [torch.zeros_like(t) for t in tensors]
-    steps, losses = [config.epochs * len(own) for own in examples], [[] for _ in examples]
+    steps, losses, norms = [config.epochs * len(own) for own in examples], [[] for _ in examples], [[] for _ in examples]
     for step in range(max(steps)):
         going = [step < n and all(map(math.isfinite, own)) for n, own in zip(steps, losses)]
         if not any(going):
@@ -198,8 +237,9 @@ def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Param
         grads = torch.autograd.grad(loss.sum(), tensors)                                    # a row's adapter is in its own loss only
         norm = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()     # (B,)
         finite = (loss.isfinite() & norm.isfinite()).tolist()
-        for own, value, ok, on in zip(losses, loss.tolist(), finite, going):
+        for own, sizes, value, size, ok, on in zip(losses, norms, loss.tolist(), norm.tolist(), finite, going):
             own += [value if ok else math.nan] * on
+            sizes += [size] * on
         # paper: AdamW, lr 1e-4, cosine, 3 % warm-up, batch 1.
         # ours: no weight decay, gradients clipped to norm 1.
         clip = (1 / (norm + 1e-6)).clamp(max=1)
@@ -212,7 +252,7 @@ def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Param
                 v.lerp_(grad.square(), 1 - 0.999)
                 update = rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
                 tensor -= torch.where(on, update, 0)
-    return losses
+    return losses, norms
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -293,62 +333,154 @@ def shuffled_orders(agent: Agent, sample: Sample, config: Config, rest: list[int
 
 
 def decide(record: Record, config: Config) -> None:
-    """The gate: whether u(x) < tau, or another score is above it; where that is not defined, nothing is sure."""
+    """The gate: whether u(x) < tau, or another score is above it; where that is not defined, nothing is sure. Which samples
+    the gates random and oracle let through is known from all samples only (`look_ahead`)."""
     record.tau = config.tau
     record.uncertain = record.margin < config.tau if config.gate_score == "margin" else not record.scores[config.gate_score] <= config.tau
     record.outcome = "direct" if record.uncertain else "certain"
+    if config.method in TRAINED_BEFORE or config.gate == "all":
+        record.acted = True
+    elif config.gate in ("score", "certain"):
+        record.acted = record.uncertain == (config.gate == "score")
+
+
+def forget(record: Record) -> None:
+    """Keep of a record what H found out; another run, whose gate was another one, may have known more."""
+    fresh = Record(record.id)
+    for name in ("pairs", "rejected", "losses", "norms", "kl", "sampled", "vote"):
+        setattr(record, name, getattr(fresh, name))
+    record.answer = dict(record.base)
+    record.seconds = {name: spent for name, spent in record.seconds.items() if name in H_STAGES}
+    record.tokens = {name: count for name, count in record.tokens.items() if name in H_STAGES}
+
+
+H_STAGES = ("prefill", "score", "scores", "base")
 
 
 def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, records: Sequence[Record] = ()) -> list[Record]:
     """Algorithm 1 for a batch of test samples (without their answers), each on its own: an outcome does not depend on the
-    others. The base weights are the same bits before and after. records: what `assess` gave, where that is known."""
-    model, tokenizer = agent.model, agent.tokenizer
+    others. The base weights are the same bits before and after. records: what is known of the samples from `assess`, or
+    from another run that shares the stages up to some point."""
     records = records or assess(agent, samples, config)                                       # l.2-3  H: u(x_i)
     for record in records:
         decide(record, config)                                                                # l.4  sure enough: answer as is
-    todo = [(sample, record) for sample, record in zip(samples, records)
-            if config.gate == "all" or record.uncertain == (config.gate == "score")]
-    if not todo or config.method == "base":
-        return records
+        if not record.acted:
+            forget(record)
+    todo = [(sample, record) for sample, record in zip(samples, records) if record.acted and config.method != "base"]
     if config.method in RIVALS:
-        RIVALS[config.method](agent, *zip(*todo), config)
+        if todo:
+            RIVALS[config.method](agent, *zip(*todo), config)
         return records
-    with stage([record for _, record in todo], "pairs"):                                      # l.5  G: K new (x', y')
-        writer = agent.teacher or agent                                 #     TT-D: a stronger model writes them
-        written = synthesize(writer.model, writer.tokenizer, writer.prefixes, [sample for sample, _ in todo], config.k, config.pair,
-                             config.temperature, config.top_p, config.seed)
-    for (_, record), (pairs, rejected) in zip(todo, written):
-        record.pairs, record.rejected = [asdict(p) for p in pairs], [asdict(r) for r in rejected]
-        record.outcome = "adapted" if pairs else "no pair"              #     nothing to learn from: the direct answer stands
-    todo = [(sample, record, pairs) for (sample, record), (pairs, _) in zip(todo, written) if pairs]
-    if not todo:
-        return records
-    samples, learners, _ = zip(*todo)
-    heads, prompts = zip(*(tokenizer.split_chat(call_prompt(sample)) for sample in samples))
-    examples = [[(tokenizer.split_chat(call_prompt(with_request(sample, pair.request)))[1],
-                  [*tokenizer.encode(pair.text), tokenizer.im_end]) for pair in pairs] for sample, _, pairs in todo]
-    if config.method == "tticl":                                        #     TT-ICL: nothing is trained
-        in_context(agent, samples, learners, config)
-        return records
-    prefix = None
-    if config.adapt == "full":                                          #     the adapter acts on the tools' text, too
-        examples = [[(head + prompt, target) for prompt, target in own] for head, own in zip(heads, examples)]
-        prompts = [head + prompt for head, prompt in zip(heads, prompts)]
-    else:
-        prefix = KVCache.stack([agent.prefixes.read(head) for head in heads])
-    params = new_params(model, config.rank, [seeded(config.seed, s.id, "lora") for s in samples], config.targets.split(","))
-    with adapters(model, params, config.alpha):                                               # l.6  theta' = theta_0 + BA
-        with stage(learners, "train"):
-            losses = fine_tune(agent, examples, params, config, prefix)                       # l.7  T
-        with stage(learners, "answer"):
-            answers = answer(agent, prompts, config, prefix)                                  # l.8  answer with theta_i*
-    for record, own, record.losses, (text, length) in zip(learners, examples, losses, answers):
+    if todo:
+        write_pairs(agent, todo, config)                                                      # l.5  G: K new (x', y')
+    learners = [(sample, record) for sample, record in todo if record.pairs]                  #      none: the direct answer stands
+    if config.method == "tticl":
+        learners = [one for one in learners if "answer" not in one[1].seconds]
+        if learners:
+            in_context(agent, *zip(*learners), config)                                        #      TT-ICL: nothing is trained
+    elif config.reset == "never":
+        go_on_learning(agent, learners, list(zip(samples, records)), config)
+    elif learners := [one for one in learners if "answer" not in one[1].seconds]:
+        adapt(agent, learners, config)                                                        # l.6-9
+    if config.vote:
+        for sample, record in zip(samples, records):
+            if not record.sampled:
+                draw(agent, [sample], [record], config)                   # of the base model, which answers what was not adapted
+    return records
+
+
+def write_pairs(agent: Agent, todo: Sequence[tuple[Sample, Record]], config: Config) -> None:
+    """G, into the records that have no pairs yet from another run."""
+    if lacking := [(sample, record) for sample, record in todo if "pairs" not in record.seconds]:
+        with stage([record for _, record in lacking], "pairs"):
+            if config.pairs == "gold":
+                written = [([Pair(request_text(sample), sample.answers, call_text(sample.answers))], []) for sample, _ in lacking]
+            else:                                                         # TT-D: a stronger model writes them
+                writer = agent.teacher if config.teacher else local_writer(agent.model, agent.tokenizer, agent.prefixes)
+                written = synthesize(writer, [subject(agent, sample, config) for sample, _ in lacking], config.k, config.pair,
+                                     config.temperature, config.top_p, config.seed, config.filter)
+        for (_, record), (pairs, rejected) in zip(lacking, written):
+            record.pairs, record.rejected = [asdict(p) for p in pairs], [asdict(r) for r in rejected]
+    for _, record in todo:
+        record.outcome = "adapted" if record.pairs else "no pair"
+
+
+def subject(agent: Agent, sample: Sample, config: Config) -> Sample:
+    """The sample that another's pairs are like: itself, or with --pairs unrelated one drawn from the others."""
+    if config.pairs != "unrelated":
+        return sample
+    others = [other for other in agent.others if other.id != sample.id]
+    return others[int(torch.randint(len(others), (), generator=seeded(config.seed, sample.id, "unrelated")))]
+
+
+def adapt(agent: Agent, learners: Sequence[tuple[Sample, Record]], config: Config, kept: Params | None = None) -> None:
+    """T, the answer and the reset, for samples with pairs. kept: an adapter to go on with and to keep (--reset never)."""
+    samples, records = zip(*learners)
+    params = kept or new_params(agent.model, config.rank, [seeded(config.seed, s.id, "lora") for s in samples], config.targets.split(","))
+    examples, prefix = zip(*[lessons(agent, sample, record, config) for sample, record in learners])
+    with adapters(agent.model, params, config.alpha):                                         # l.6  theta' = theta_0 + BA
+        with stage(records, "train"):
+            losses, norms = fine_tune(agent, examples, params, config, KVCache.stack(prefix) if config.adapt == "suffix" else None)     # l.7  T
+    for record, own, record.losses, record.norms in zip(records, examples, losses, norms):
         record.tokens["train"] = config.epochs * sum(len(p) + len(a) for p, a in own)
-        if math.isfinite(record.losses[-1]):
-            record.answer, record.tokens["answer"] = text, length
-        else:
-            record.outcome = "non-finite"                               #     the direct answer stands
-    return records                                                                            # l.9  the adapters are gone: theta_0
+        if not math.isfinite(record.losses[-1]):
+            record.outcome = "non-finite"                                                     #      the direct answer stands
+    answer_adapted(agent, samples, records, params, config)                                   # l.8  answer with theta_i*
+                                                                                              # l.9  out of the block: theta_0
+
+def lessons(agent: Agent, sample: Sample, record: Record, config: Config) -> tuple[list[Example], KVCache | None]:
+    """What a sample's pairs are as examples to train on, and with --adapt suffix the cache of the tools before them."""
+    like = subject(agent, sample, config)
+    examples = []
+    for pair in record.pairs:
+        new = sample if config.pairs == "gold" else with_request(like, pair["request"])
+        head, rest = agent.tokenizer.split_chat(call_prompt(new))
+        examples.append(((rest if config.adapt == "suffix" else head + rest), [*agent.tokenizer.encode(pair["text"]), agent.tokenizer.im_end]))
+    return examples, agent.prefixes.read(head) if config.adapt == "suffix" else None
+
+
+def answer_adapted(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], params: Params, config: Config) -> None:
+    """The greedy answers of the adapters (one for each sample, or one for all), what --vote samples from them, and --kl."""
+    heads, rests = zip(*(agent.tokenizer.split_chat(call_prompt(sample)) for sample in samples))
+    suffix = config.adapt == "suffix"
+    if not suffix:                                                        # the adapter acts on the tools' text, too
+        heads, rests = [()] * len(heads), [head + rest for head, rest in zip(heads, rests)]
+    with adapters(agent.model, params, config.alpha), stage(records, "answer"):
+        answers = answer(agent, rests, config, KVCache.stack([agent.prefixes.read(head) for head in heads]) if suffix else None)
+    for i, (sample, record, (text, length)) in enumerate(zip(samples, records, answers)):
+        if record.outcome == "non-finite":
+            continue
+        record.answer, record.tokens["answer"] = text, length
+        row = {name: tuple(t[i:i + 1] for t in pair) for name, pair in params.items()} if len(samples) > 1 else params
+        if config.vote:
+            with adapters(agent.model, row, config.alpha):
+                draw(agent, [sample], [record], config, [(heads[i], rests[i])])
+        if config.kl:
+            record.kl = divergence(agent, row, heads[i], rests[i], config)
+
+
+@torch.no_grad()
+def divergence(agent: Agent, params: Params, head: Sequence[int], rest: list[int], config: Config) -> float:
+    """KL(adapted || base) in nats, the mean over the tokens of the prompt that the adapter acts on, the last 256 of them."""
+    def log_p():
+        hidden = agent.model(torch.tensor([rest], device=agent.model.device), agent.prefixes.read(head) if head else None)
+        return agent.model.logits(hidden[0, -256:]).log_softmax(-1)
+    base = log_p()
+    with adapters(agent.model, params, config.alpha):
+        adapted = log_p()
+    return F.kl_div(base, adapted, log_target=True, reduction="batchmean").item()
+
+
+def go_on_learning(agent: Agent, learners: Sequence[tuple[Sample, Record]], everyone: Sequence[tuple[Sample, Record]], config: Config) -> None:
+    """--reset never: the one adapter learns each sample's pairs in turn, and answers every sample from the first that it learnt.
+    H, G and the direct answers are still those of the base weights."""
+    for sample, record in everyone:
+        if any(record is one for _, one in learners):
+            if not agent.adapter:
+                agent.adapter.update(new_params(agent.model, config.rank, [seeded(config.seed, "stream", "lora")], config.targets.split(",")))
+            adapt(agent, [(sample, record)], config, agent.adapter)
+        elif agent.adapter:
+            answer_adapted(agent, [sample], [record], agent.adapter, config)
 
 
 def in_context(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
@@ -380,9 +512,9 @@ def answer_again(agent: Agent, prompts: Sequence[list[dict]], records: Sequence[
 
 def vote(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
     """Self-consistency (Wang et al. 2023): the first of the sampled answers that mean what most of them mean."""
-    for sample, record, texts in zip(samples, records, draw(agent, samples, records, config)):
-        keys = meanings(sample, texts)
-        record.answer = {"text": texts[keys.index(Counter(keys).most_common(1)[0][0])]}
+    draw(agent, samples, records, config)
+    for record in records:
+        record.answer, record.outcome = dict(record.vote), "adapted"
 
 
 def retry(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
@@ -393,21 +525,25 @@ def retry(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], co
         samples, records = zip(*todo)
         for sample, record, texts in zip(samples, records, draw(agent, samples, records, config)):
             record.answer = {"text": next((text for text in texts if fits(sample, text)), record.base["text"])}
+            record.outcome = "adapted"
 
 
-def draw(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> list[list[str]]:
-    """`sampled_answers`, which the records keep."""
-    with stage(records, "answer"):
-        drawn = sampled_answers(agent, samples, config)
-    for record, texts in zip(records, drawn):
-        record.sampled, record.outcome = [{"text": text} for text in texts], "adapted"
+def draw(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config,
+         prompts: Sequence[tuple[Sequence[int], list[int]]] = ()) -> list[list[str]]:
+    """`sampled_answers`, which the records keep, with the majority."""
+    with stage(records, "sampled"):
+        drawn = sampled_answers(agent, samples, config, prompts)
+    for sample, record, texts in zip(samples, records, drawn):
+        keys = meanings(sample, texts)
+        record.sampled, record.vote = [{"text": text} for text in texts], {"text": texts[keys.index(Counter(keys).most_common(1)[0][0])]}
     return drawn
 
 
-def sampled_answers(agent: Agent, samples: Sequence[Sample], config: Config) -> list[list[str]]:
-    """--samples answers of the base model for each sample, (B, N) texts."""
-    return sample_texts(agent.model, agent.tokenizer, agent.prefixes, [agent.tokenizer.split_chat(call_prompt(s)) for s in samples],
-                        config.max_new_tokens, config.temperature, config.top_p,
+def sampled_answers(agent: Agent, samples: Sequence[Sample], config: Config,
+                    prompts: Sequence[tuple[Sequence[int], list[int]]] = ()) -> list[list[str]]:
+    """--samples answers for each sample, (B, N) texts. prompts: (head, rest) of each, where they are not the usual ones."""
+    prompts = prompts or [agent.tokenizer.split_chat(call_prompt(s)) for s in samples]
+    return sample_texts(agent.model, agent.tokenizer, agent.prefixes, prompts, config.max_new_tokens, config.temperature, config.top_p,
                         [[(config.seed, s.id, "sample", i) for i in range(config.samples)] for s in samples])
 
 
@@ -418,7 +554,56 @@ def meanings(sample: Sample, texts: Sequence[str]) -> list[tuple]:
 
 ASK_AGAIN = ("You were not sure of this answer. Think again from the start, and answer with nothing but the tool calls that the "
              "request needs.")
-RIVALS = {"vote": vote, "retry": retry, "again": ask_again}
+
+
+def few_shot(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+    """ICL: K examples of the training split, drawn for each sample, as turns before the request. Their tools are not shown."""
+    prompts = []
+    for sample in samples:
+        order = torch.randperm(len(agent.training), generator=seeded(config.seed, sample.id, "icl")).tolist()
+        shown = [agent.training[i] for i in order[:config.k]]
+        system, *request = call_prompt(sample)
+        prompts.append([system, *(turn for one in shown for turn in (*call_prompt(one)[1:], {"role": "assistant", "content": call_text(one.answers)})),
+                        *request])
+    answer_again(agent, prompts, records, config)
+
+
+def with_sft(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+    """SFT: the answers of the one adapter that `supervised` has trained."""
+    for record in records:
+        record.outcome = "adapted"
+    answer_adapted(agent, samples, records, agent.adapter, config)
+
+
+def supervised(agent: Agent, config: Config, progress: bool = True) -> Params:
+    """One adapter trained on the training split: AdamW, --epochs passes of shuffled batches of --train-batch, the mean loss over
+    the answers' tokens, and the schedule and clipping of `fine_tune`."""
+    model, tokenizer = agent.model, agent.tokenizer
+    examples = [(tokenizer.chat(call_prompt(s)), [*tokenizer.encode(call_text(s.answers)), tokenizer.im_end]) for s in agent.training]
+    params = new_params(model, config.rank, [seeded(config.seed, "sft", "lora")], config.targets.split(","))
+    batches = [order[i:i + config.train_batch] for epoch in range(config.epochs)
+               for order in [torch.randperm(len(examples), generator=seeded(config.seed, "sft", epoch)).tolist()]
+               for i in range(0, len(order), config.train_batch)]
+    with adapters(model, params, config.alpha) as tensors, tqdm(total=len(batches), unit="step", desc="sft", dynamic_ncols=True,
+                                                                disable=not progress) as bar:
+        optimizer = torch.optim.AdamW(tensors, weight_decay=0.0)
+        for step, batch in enumerate(batches):
+            rows = [examples[i] for i in batch]
+            ids, _ = pad([[*prompt, *own[:-1]] for prompt, own in rows], model.device)        # padding is behind: nobody sees it
+            read = torch.cat([h[len(prompt) - 1:][:len(own)] for h, (prompt, own) in zip(model(ids), rows)])
+            loss = F.cross_entropy(model.logits(read), torch.tensor([token for _, own in rows for token in own], device=model.device))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+            optimizer.param_groups[0]["lr"] = config.lr * schedule(step, len(batches), config.warmup)
+            optimizer.step()
+            bar.update()
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+    return {name: tuple(t.detach() for t in pair) for name, pair in params.items()}
+
+
+RIVALS = {"vote": vote, "retry": retry, "again": ask_again, "icl": few_shot, "sft": with_sft}
+TRAINED_BEFORE = ("icl", "sft")         # from a training split: they answer every sample, whatever the gate
 
 
 def in_halves(work: Callable[[Sequence[Sample]], list[Record]], samples: Sequence[Sample]) -> list[Record]:
@@ -432,9 +617,9 @@ def in_halves(work: Callable[[Sequence[Sample]], list[Record]], samples: Sequenc
     return in_halves(work, samples[:half]) + in_halves(work, samples[half:])
 
 
-def improve_or_keep(agent: Agent, samples: Sequence[Sample], config: Config, known: dict[str, dict]) -> list[Record]:
+def improve_or_keep(agent: Agent, samples: Sequence[Sample], config: Config, known: Mapping[str, dict]) -> list[Record]:
     """`self_improve`, with smaller batches where need be; a sample that cannot be adapted alone keeps its direct answer."""
-    def records_of(part): return [Record(**known[sample.id]) for sample in part if sample.id in known]
+    def records_of(part): return [Record(**copy.deepcopy(known[s.id])) for s in part] if all(s.id in known for s in part) else []
 
     def work(part):
         try:
@@ -445,9 +630,41 @@ def improve_or_keep(agent: Agent, samples: Sequence[Sample], config: Config, kno
             why = "too long" if isinstance(error, ContextError) else "out of memory"
         record, = records_of(part) or assess(agent, part, config)
         decide(record, config)
+        forget(record)
         record.outcome = why
         return [record]
     return in_halves(work, samples)
+
+
+def reads(config: Config) -> tuple[tuple, tuple, tuple]:
+    """The options that H, G and T read, each: where they agree, two runs of one model and data find the same."""
+    drawn = (config.seed, config.temperature, config.top_p)
+    needs = {SCORES[name].needs for name in (*choose_scores(config.scores), config.gate_score)} - {""}
+    return ((config.scores, config.gate_score, config.max_new_tokens, *((*drawn, config.samples) if needs else ())),
+            (*drawn, config.k, config.pair, config.filter, config.pairs, config.teacher, config.teacher_model),
+            (config.method, config.adapt, config.rank, config.alpha, config.targets, config.epochs, config.lr, config.warmup, config.kl,
+             config.vote and config.samples, config.reset))
+
+
+def recall(line: dict, then: Config, now: Config) -> dict | None:
+    """What a record of the run `then` knows for the run `now`, as a record without verdicts: nothing, H, H and G, or all."""
+    (h, g, t), (h_now, g_now, t_now) = reads(then), reads(now)
+    if h != h_now:
+        return None
+    writes = ("ttsi", "ttd", "tticl")
+    wrote = g == g_now and then.method in writes and now.method in writes and then.reset == "sample" and "pairs" in line["seconds"]
+    learnt = wrote and t == t_now and line["outcome"] == "adapted"
+    record = asdict(Record(line["id"])) | {name: line[name] for name in ("request", "margin", "gate", "scores", "candidates")}
+    record |= {name: line[name] for name in ("pairs", "rejected") if wrote}
+    record |= {name: line[name] for name in ("losses", "norms", "kl") if learnt}
+    for name in ("base", "answer", "vote"):
+        part = line[name if learnt or name == "vote" else "base"]
+        record[name] = {"text": part["text"]} if part and (learnt or name != "vote") else {}
+    record["sampled"] = [{"text": part["text"]} for part in line["sampled"]] if learnt else []
+    stages = (*H_STAGES, *["pairs"] * wrote, *["train", "answer", "sampled"] * learnt)
+    for name in ("seconds", "tokens"):
+        record[name] = {stage: value for stage, value in line[name].items() if stage in stages}
+    return record
 
 
 # --------------------------------------------------------------------------------------------------- the run folder
@@ -480,13 +697,15 @@ def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
         for old in (*(folder / f"{name}.json" for name in ("config", "facts", "summary")), *evaluate.record_files(folder),
                     *folder.glob("assessed-*.jsonl")):
             old.unlink(missing_ok=True)
-    free = FREE[1:] if config.budget or config.tau == "auto" else FREE         # there, tau depends on which samples there are
+        for old in (folder / "adapter", *folder.glob("stream-*")):
+            shutil.rmtree(old, ignore_errors=True)
+    free = FREE[1:] if needs_all(config) else FREE      # there, the gate depends on which samples there are
     if (folder / "config.json").is_file():
         before = evaluate.read_json(folder / "config.json")
         other = [f"{name} is {before.get(name)!r} there, {value!r} now" for name, value in asdict(config).items()
                  if name not in free and before.get(name) != value]
         then = evaluate.read_json(folder / "facts.json") if (folder / "facts.json").is_file() else now
-        other += [f"the {name} changed" for name in ("data", "weights", "teacher") if then.get(name) != now.get(name)]
+        other += [f"the {name} changed" for name in ("data", "weights", "teacher", "training") if then.get(name) != now.get(name)]
         if other:
             raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(other)}): choose another --out, "
                              "or start it anew with --overwrite")
@@ -560,57 +779,98 @@ def wait_for_all(world: int) -> None:
         raise KeyboardInterrupt from error
 
 
-def choose_tau(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int,
-               world: int) -> tuple[Config, dict[str, dict]]:
-    """For --budget and --tau auto: H over all samples, then tau from its scores. Gives the config with that tau, and the
-    record of each sample so far; they are kept in assessed-<rank>.jsonl, so that nothing of H is computed twice."""
+def needs_all(config: Config) -> bool:
+    """Whether the gate can be told only when H has seen all samples."""
+    return config.tau == "auto" or config.budget > 0 or config.gate in ("random", "oracle")
+
+
+def look_ahead(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int, world: int,
+               known: dict[str, dict]) -> Config:
+    """H over all samples, then tau (--budget, --tau auto) and whom --gate random and oracle let through. Gives the config with
+    that tau and puts the records so far into `known`; assessed-<rank>.jsonl keeps them, so nothing of H is computed twice."""
     def assessed(): return {line["id"]: line for path in sorted(folder.glob("assessed-*.jsonl")) for line in map(json.loads, path.open())}
-    if config.tau != "auto" and not config.budget:
-        return config, {}
-    done = assessed()
+    done = known | assessed()
     share = [sample for sample in samples if sample.id not in done][rank::world]
     wait_for_all(world)                                 # all have read what is there before anyone adds to it
-    with tqdm(total=len(share), unit="sample", desc="tau", dynamic_ncols=True, disable=rank > 0) as bar:
+    with tqdm(total=len(share), unit="sample", desc="H", dynamic_ncols=True, disable=rank > 0) as bar:
         for batch in batches(agent, share, config):
             found = in_halves(lambda part: assess(agent, part, config), [sample.without_answers() for sample in batch])
-            lines = [asdict(record) for record in found]
-            append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(line) + "\n").encode() for line in lines))
+            append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(asdict(record)) + "\n").encode() for record in found))
             bar.update(len(batch))
     wait_for_all(world)
-    records = assessed()
-    values = [records[sample.id]["scores"][config.gate_score] for sample in samples]
-    threshold = threshold_between(values, round(config.budget * len(values))) if config.budget else otsu(values)
-    tau = min(1.0, max(0.0, 1 - threshold)) if config.gate_score == "margin" else threshold
-    return replace(config, tau=tau, budget=0.0), records
+    known.update(assessed() | known)
+    if config.tau == "auto" or config.budget:
+        values = [known[sample.id]["scores"][config.gate_score] for sample in samples]
+        threshold = threshold_between(values, round(config.budget * len(values))) if config.budget else otsu(values)
+        config = replace(config, tau=min(1.0, max(0.0, 1 - threshold)) if config.gate_score == "margin" else threshold, budget=0.0)
+    records = {sample.id: Record(**known[sample.id]) for sample in samples}
+    for record in records.values():
+        decide(record, config)
+    through = {id for id, record in records.items() if record.acted}
+    if config.gate == "random":
+        order = sorted(records, key=lambda id: seeded(config.seed, id, "gate").initial_seed())
+        through = set(order[:sum(record.uncertain for record in records.values())])
+    elif config.gate == "oracle":                       # uses labels
+        through = {sample.id for sample in samples if not evaluate.exact_match(records[sample.id].base["text"], sample).exact}
+    for id in records:
+        known[id]["acted"] = id in through
+    return config
 
 
-def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int = 0, world: int = 1) -> None:
-    """Algorithm 1 over this rank's share of the samples that have no record yet, a line each in its own file."""
-    records = {record["id"]: record for record in evaluate.read_records(folder)}
+def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int = 0, world: int = 1,
+        known: dict[str, dict] | None = None) -> None:
+    """Algorithm 1 over this rank's share of the samples that have no record yet, a line each in its own file. known: what other
+    runs have found out (`recall`)."""
+    records, known = {record["id"]: record for record in evaluate.read_records(folder)}, {} if known is None else known
     path = folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
     share = [sample for sample in samples if sample.id not in records][rank::world]
-    config, assessed = choose_tau(agent, samples, config, folder, rank, world)
+    agent = with_adapter(agent, config, folder, len(records), rank, world)
+    config = look_ahead(agent, samples, config, folder, rank, world, known) if needs_all(config) else config
     wait_for_all(world)                                 # all have read what is there before anyone adds to it
     with tqdm(initial=len(records), total=len(records) + len(share), unit="sample", dynamic_ncols=True, disable=rank > 0) as bar:
         for batch in batches(agent, share, config):
-            lines = []
-            for sample, record in zip(batch, improve_or_keep(agent, [sample.without_answers() for sample in batch], config, assessed)):
-                for part in (record.base, record.answer, *record.sampled):
+            lines, seen = [], [sample if config.pairs == "gold" else sample.without_answers() for sample in batch]
+            for sample, record in zip(batch, improve_or_keep(agent, seen, config, known)):
+                for part in filter(None, (record.base, record.answer, record.vote, *record.sampled)):
                     part.update(asdict(evaluate.exact_match(part["text"], sample)))
                 record.gold, record.reachable = call_text(sample.answers), evaluate.reachable(sample)
                 records[sample.id] = asdict(record)
                 lines.append((json.dumps(records[sample.id]) + "\n").encode())
                 if config.verbose:
                     bar.write(evaluate.story(records[sample.id]) + "\n")
+            if config.reset == "never" and agent.adapter:
+                save_adapter(folder / f"stream-{len(records)}", agent.adapter, config.alpha)
             append(path, b"".join(lines))
+            if config.reset == "never":                 # by now the records say that the newer one is right
+                shutil.rmtree(folder / f"stream-{len(records) - 1}", ignore_errors=True)
             bar.update(len(batch))
             now = evaluate.summarise(list(records.values()))
             bar.set_postfix_str(f"base {now['base_accuracy']:.1%} now {now['accuracy']:.1%} adapted {now['adapted'] / now['n']:.0%}")
 
 
+def with_adapter(agent: Agent, config: Config, folder: Path, count: int, rank: int, world: int) -> Agent:
+    """The agent with the adapter that it has before its next sample, the first after `count`: that of sft, trained now if the
+    run folder does not have it yet, or with --reset never what the samples so far have taught."""
+    if config.method == "sft":
+        agent = replace(agent, training=agent.training[:config.train_limit or None])
+        if rank == 0 and not (folder / "adapter" / "adapter_config.json").is_file():
+            save_adapter(folder / "adapter", supervised(agent, config), config.alpha, base_model=config.model)
+        wait_for_all(world)
+        return replace(agent, adapter=load_adapter(folder / "adapter", agent.model)[0])
+    if config.method == "icl":
+        return replace(agent, training=agent.training[:config.train_limit or None])
+    if config.reset == "never" and world > 1:
+        raise ValueError("--reset never: one adapter learns from sample to sample, so there can be but one process")
+    kept = folder / f"stream-{count}"
+    if config.reset == "never" and kept.is_dir():
+        params = load_adapter(kept, agent.model)[0]
+        return replace(agent, adapter={name: tuple(t.requires_grad_() for t in pair) for name, pair in params.items()})
+    return replace(agent, adapter={})
+
+
 def batches(agent: Agent, samples: Sequence[Sample], config: Config) -> Iterator[list[Sample]]:
     """The samples in batches of --batch; by default one by one on a CPU, and as many as BATCH_TOKENS hold on a GPU."""
-    if size := config.batch or int(agent.model.device.type == "cpu"):
+    if size := 1 if config.reset == "never" else config.batch or int(agent.model.device.type == "cpu"):
         yield from (list(samples[i:i + size]) for i in range(0, len(samples), size))
         return
     batch, longest = [], 0
@@ -626,8 +886,9 @@ def batches(agent: Agent, samples: Sequence[Sample], config: Config) -> Iterator
 
 # ------------------------------------------------------------------------------------------------- the command line
 
-def parse_args(argv: Sequence[str] | None) -> Config:
-    """The command line as a Config: one flag a field, grouped by the phases of Algorithm 1."""
+def parse_args(argv: Sequence[str] | None) -> list[tuple[Config, str]]:
+    """The command line as a Config, one flag a field, grouped by the phases of Algorithm 1; with --sweep as many as that asks for.
+    Each with the name of its part of the sweep, "" without one."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for f in fields(Config):
@@ -641,11 +902,45 @@ def parse_args(argv: Sequence[str] | None) -> Config:
             choices = f.metadata.get("choices")
             group.add_argument(flag, type=f.metadata.get("type", type(f.default)), default=f.default, choices=choices, help=text,
                                metavar=f.metadata.get("metavar", None if choices else f.name.upper()))
-    return Config(**vars(parser.parse_args(argv)))
+    parser.add_argument("--sweep", action="append", default=[], metavar="NAME=V,V,...", help="a run for each value of an option, one after "
+                        "another, each in a folder of its own; what they share is computed once. Given again: each with each. Values of "
+                        "targets are parted by ';'. Options: " + ", ".join(name.replace("_", "-") for name in SWEEPABLE))
+    given = vars(parser.parse_args(argv))
+    swept = [read_sweep(text) for text in given.pop("sweep")]
+    configs = []
+    for values in product(*(values for _, values in swept)):
+        changed = {name: value for (name, _), value in zip(swept, values)}
+        options = given | changed
+        if swept:                                       # of several methods, each is given what it uses
+            for flag, methods in USES.items():
+                options[flag] = options[flag] if options["method"] in methods else ""
+            options["teacher_model"] = options["teacher_model"] if options["teacher"] else ""
+        configs.append((Config(**options), "+".join(f"{name}={value}".replace("/", "-") for name, value in changed.items())))
+    return configs
 
 
-def choose(config: Config) -> tuple[Config, str]:
-    """Fill in what the user left open, and a line that says what was chosen, why, and the flag that changes it."""
+SWEEPABLE = ("method", "seed", "tau", "budget", "gate", "gate_score", "k", "pair", "filter", "pairs", "temperature", "adapt", "rank", "alpha",
+             "targets", "epochs", "lr", "reset", "samples", "train_limit")
+
+
+def read_sweep(text: str) -> tuple[str, list]:
+    """("tau", [0.35, 0.95]) of "tau=0.35,0.95"; ValueError if it is none."""
+    name, _, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in SWEEPABLE or not values:
+        raise ValueError(f"--sweep {text}: write NAME=VALUE,VALUE,... with NAME one of {', '.join(SWEEPABLE)}")
+    f, = (f for f in fields(Config) if f.name == name)
+    try:
+        values = [f.metadata.get("type", type(f.default))(value.strip()) for value in values.split(";" if name == "targets" else ",")]
+    except ValueError:
+        raise ValueError(f"--sweep {text}: a value of {name} is to be a {type(f.default).__name__}") from None
+    if wrong := [value for value in values if f.metadata.get("choices") and value not in f.metadata["choices"]]:
+        raise ValueError(f"--sweep {text}: {name} is one of {', '.join(f.metadata['choices'])}, not {wrong[0]}")
+    return name, list(dict.fromkeys(values))
+
+
+def choose(config: Config, part: str = "") -> tuple[Config, str]:
+    """Fill in what the user left open, and a line that says what was chosen, why, and the flag that changes it. part: of a sweep."""
     cuda = torch.cuda.is_available()
     device = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu") if config.device == "auto" else config.device
     if config.model:
@@ -656,17 +951,20 @@ def choose(config: Config) -> tuple[Config, str]:
         model, why = "tiny", "no CUDA device was found; --model changes it"
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
     source = "bundled" if model == "tiny" and not config.data else config.data
-    name = "the bundled tiny model" if model == "tiny" else model
+    called = "the bundled tiny model" if model == "tiny" else model
     samples = "bundled samples (this project's own, not the benchmark; --data FILE runs the real one)" if source == "bundled" \
         else "the real samples" + (f" in {source}" if source else "")
-    out = config.out or f"runs/{config.bench}-{Path(model).name}-{config.method}-s{config.seed}"
+    name = "sweep" if part else f"{config.method}-s{config.seed}"
+    out = str(Path(config.out or f"runs/{config.bench}-{Path(model).name}-{name}", part))
     chosen = {**asdict(config), "model": model, "device": device, "dtype": dtype, "data": source, "out": out,
               "lr": config.lr or (TINY_LR if model == "tiny" else 1e-4)}
-    return Config(**chosen), f"{config.bench}: {name} ({why}) on {samples}; {device}, {dtype}"
+    return Config(**chosen), f"{config.bench}: {called} ({why}) on {samples}; {device}, {dtype}"
 
 
-def set_up(config: Config) -> tuple[Agent, list[Sample], dict[str, str]]:
-    """Load samples, tokenizer and model, and their facts; ValueError, FileNotFoundError or ConnectionError in one sentence."""
+def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, str]]:
+    """Load samples, tokenizer and model, and their facts; ValueError, FileNotFoundError or ConnectionError in one sentence.
+    configs: of one sweep, so they agree in all that is loaded."""
+    config = configs[0]
     bundled = config.data == "bundled"
     everything = data.load(config.bench, None if bundled else config.data or None, offline=config.offline, bundled=bundled)
     samples = everything[:config.limit or None]
@@ -682,37 +980,80 @@ def set_up(config: Config) -> tuple[Agent, list[Sample], dict[str, str]]:
         raise ValueError(f"--device {config.device}: not usable here ({str(error).splitlines()[0]})") from error
     tokenizer = Tokenizer(folder)
     model = load_model(folder, device, getattr(torch, config.dtype))
-    targeted(model, config.targets.split(","))          # a target that names no layer is found now, not at the first adapter
+    for each in configs:
+        targeted(model, each.targets.split(","))        # a target that names no layer is found now, not at the first adapter
     room = model.config.max_position_embeddings - config.max_new_tokens
     for sample in samples:
         if (length := len(tokenizer.chat(call_prompt(sample)))) > room:
             raise ValueError(f"{sample.id}: its prompt of {length} tokens and an answer of {config.max_new_tokens} exceed the "
                              f"model's context of {model.config.max_position_embeddings}: lower --max-new-tokens, or leave it out")
-    found = facts(model, everything)
-    if not config.teacher:
-        return Agent(model, tokenizer, PrefixCaches(model)), samples, found
+    if config.adapter:
+        merge_adapter(model, *load_adapter(Path(config.adapter), model))
+    found, agent = facts(model, everything), Agent(model, tokenizer, PrefixCaches(model), others=tuple(s.without_answers() for s in everything))
+    if len(everything) < 2 and any(each.pairs == "unrelated" for each in configs):
+        raise ValueError("--pairs unrelated: there is no other sample")
+    if teaching := [each for each in configs if each.teacher]:
+        writer, found["teacher"] = load_teacher(teaching[0], device)
+        agent = replace(agent, teacher=writer)
+    if path := max(each.train_data for each in configs):
+        agent = replace(agent, training=tuple(data.load(config.bench, path)))
+        found["training"] = evaluate.digest(agent.training)
+        if shared := {json.dumps(s.messages) for s in agent.training} & {json.dumps(s.messages) for s in everything}:
+            raise ValueError(f"--train-data {path}: {len(shared)} of its requests are test samples")
+    return agent, samples, found
+
+
+def load_teacher(config: Config, device: torch.device) -> tuple[Writer, str]:
+    """Who writes the pairs of TT-D, and what tells it from another: the digest of its weights, or its address and name."""
+    if config.teacher_model:
+        return RemoteWriter(config.teacher, config.teacher_model), f"{config.teacher} {config.teacher_model}"
     folder = TINY if config.teacher == "tiny" else find_checkpoint(config.teacher, config.offline, "--teacher")
-    teacher = load_model(folder, device, getattr(torch, config.dtype))
-    return Agent(model, tokenizer, PrefixCaches(model), Agent(teacher, Tokenizer(folder), PrefixCaches(teacher))), samples, \
-        {**found, "teacher": fingerprint(teacher)}
+    model = load_model(folder, device, getattr(torch, config.dtype))
+    return local_writer(model, Tokenizer(folder), PrefixCaches(model)), fingerprint(model)
 
 
-def work(config: Config, rank: int, world: int) -> int:
-    """One process's part of the program, and for rank 0 the table at the end; its exit code."""
+def work(configs: Sequence[Config], rank: int, world: int) -> int:
+    """One process's part of the program: the runs one after another, and for rank 0 the tables; its exit code."""
+    agent, samples, now = set_up(configs)
+    def stop(*_): raise KeyboardInterrupt
+    for number in (signal.SIGINT, signal.SIGTERM):      # also where a shell's background job ignores SIGINT
+        signal.signal(number, stop)
+    for config in configs:
+        if code := one_run(agent, samples, now, config, len(configs) > 1, rank, world):
+            return code
+    if rank == 0:
+        print(evaluate.report([Path(config.out) for config in configs]))
+        print(closing_line(evaluate.read_records(Path(config.out)), Path(config.out)))
+    return 0
+
+
+def siblings(folder: Path, now: dict[str, str]) -> Iterator[tuple[Config, list[dict]]]:
+    """The finished runs beside this one, of the same samples and weights: what a sweep has computed, now or before."""
+    for path in sorted(folder.parent.glob("*/facts.json")):
+        facts = evaluate.read_json(path)
+        if path.parent != folder and "weights_after" in facts and all(facts.get(key) == now[key] for key in ("data", "weights", "code")):
+            yield Config(**evaluate.read_json(path.parent / "config.json")), evaluate.read_records(path.parent)
+
+
+def one_run(agent: Agent, samples: list[Sample], now: dict[str, str], config: Config, sweep: bool, rank: int, world: int) -> int:
+    """A run in its folder, from where it was, and in a sweep with what its siblings know; its exit code."""
     folder = Path(config.out)
-    agent, samples, now = set_up(config)
     with locked(folder) if rank == 0 else nullcontext():
         if rank == 0:
-            open_run(folder, config, now)
+            open_run(folder, config, {key: value for key, value in now.items()
+                                      if not (key == "teacher" and not config.teacher or key == "training" and not config.train_data)})
             if done := len(evaluate.read_records(folder)):
                 print(f"{folder}: going on after {done} finished samples (--overwrite starts anew)")
-        def stop(*_): raise KeyboardInterrupt
-        for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job ignores SIGINT
-            signal.signal(number, stop)
         interrupted = False
         try:
             wait_for_all(world)
-            run(agent, samples, config, folder, rank, world)
+            known = {}
+            for then, lines in siblings(folder, now) if sweep else ():
+                for line in lines:
+                    record = recall(line, then, config)
+                    if record and len(record["seconds"]) > len(known.get(line["id"], {"seconds": ()})["seconds"]):
+                        known[line["id"]] = record
+            run(agent, samples, config, folder, rank, world, known)
             if fingerprint(agent.model) != now["weights"]:
                 raise ValueError("the base weights have changed during the run: its records are not to be trusted")
             wait_for_all(world)
@@ -728,23 +1069,22 @@ def work(config: Config, rank: int, world: int) -> int:
             raise ValueError(f"{folder}: {len(lacking)} samples have no record; the same command computes them")
         if records:
             write_json(folder / "summary.json", evaluate.summarise(records))
-            print(evaluate.table([folder]))
         if interrupted:
+            print(evaluate.report([folder]) if records else "")
             print(f"Interrupted after {len(records)} of {len(samples)} samples: the same command goes on from here"
                   + (" (without --overwrite)." if config.overwrite else "."))
             return 130
-        print(closing_line(records, folder))
         return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code: 0, 1 out of memory, 2 for a mistake of the user's, 130 when interrupted."""
     try:
-        config, line = choose(parse_args(argv))
+        configs, lines = zip(*(choose(*part) for part in parse_args(argv)))
         with ranks() as (rank, world):
             if rank == 0:
-                print(line, flush=True)
-            return work(config, rank, world)
+                print(lines[0], flush=True)
+            return work(configs, rank, world)
     except (ValueError, OSError) as error:              # FileNotFoundError and ConnectionError are OSErrors
         print(f"train.py: error: {evaluate.printable(str(error))}", file=sys.stderr)
         return 2

@@ -2,7 +2,7 @@
 import pytest
 
 import augment
-from augment import check_request, majority, pair_prompt, request_text, synthesize
+from augment import check_request, local_writer, majority, pair_prompt, request_text, synthesize
 from data import Sample, call_text, system_message
 from data.calls import Call
 from model import PrefixCaches
@@ -31,7 +31,7 @@ def test_the_label_is_the_majority_of_the_calls_that_fit_the_schema():
 
 
 def test_one_draw_alone_is_no_majority():
-    assert majority([call_text((c,)) for c in (OSLO, PARIS)], SAMPLE) == ("", 1, {"no two calls agree": 1})
+    assert majority([call_text((c,)) for c in (OSLO, PARIS)], SAMPLE) == ("", 1, {"fewer than 2 calls agree": 1})
     assert majority([call_text((c,)) for c in (OSLO, UNKNOWN)], SAMPLE)[::2] == ("", {"unknown argument: town": 1})
 
 
@@ -71,7 +71,7 @@ class Script:
 def write(monkeypatch, model, tokenizer, *rounds, sample=SAMPLE, **options):
     script = Script(tokenizer, *rounds)
     monkeypatch.setattr(augment, "sample_texts", script)
-    (pairs, rejected), = synthesize(model, tokenizer, PrefixCaches(model), [sample], **options)
+    (pairs, rejected), = synthesize(local_writer(model, tokenizer, PrefixCaches(model)), [sample], **options)
     return pairs, rejected, script
 
 

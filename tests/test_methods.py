@@ -46,7 +46,7 @@ def asked(monkeypatch, agent) -> list[str]:
 
 def test_tticl_puts_the_pairs_before_the_request(agent, monkeypatch):
     pair = Pair("Count my apples.", (Call("f", {}),), "the text of the pair", 3)
-    monkeypatch.setattr(train, "synthesize", lambda m, t, p, samples, *rest: [([pair], [])] * len(samples))
+    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [([pair], [])] * len(samples))
     prompts = asked(monkeypatch, agent)
     records = run(agent, "tticl")
     for prompt, sample in zip(prompts[len(SAMPLES):], SAMPLES):
@@ -58,14 +58,13 @@ def test_tticl_puts_the_pairs_before_the_request(agent, monkeypatch):
 def test_ttd_trains_on_what_the_teacher_writes(agent, monkeypatch):
     wrote = []
 
-    def synthesize(model, tokenizer, prefixes, samples, *rest):
-        wrote.append(model)
+    def synthesize(writer, samples, *rest):
+        wrote.append(writer)
         return [([Pair("a request", (), "the teacher's text", 3)], [])] * len(samples)
     monkeypatch.setattr(train, "synthesize", synthesize)
-    monkeypatch.setattr(train, "fine_tune", lambda agent, examples, *rest: wrote.append(examples) or [[0.0]] * len(examples))
-    teacher = Agent(load_model(TINY), agent.tokenizer, agent.prefixes)
-    run(dataclasses.replace(agent, teacher=teacher), "ttd", teacher="somewhere")
-    assert wrote[0] is teacher.model and agent.tokenizer.decode(wrote[1][0][0][1]).startswith("the teacher's text")
+    monkeypatch.setattr(train, "fine_tune", lambda agent, examples, *rest: wrote.append(examples) or ([[0.0]] * len(examples),) * 2)
+    run(dataclasses.replace(agent, teacher="the teacher"), "ttd", teacher="somewhere")
+    assert wrote[0] == "the teacher" and agent.tokenizer.decode(wrote[1][0][0][1]).startswith("the teacher's text")
 
 
 @pytest.mark.parametrize("flags", [["--method", "ttd"], ["--teacher", "tiny"]])

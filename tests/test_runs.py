@@ -191,7 +191,7 @@ def test_out_of_memory_in_adaptation_keeps_the_direct_answer_and_elsewhere_the_f
     def exhausted(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     fit = train.fine_tune
     monkeypatch.setattr(train, "fine_tune", exhausted)
-    monkeypatch.setattr(train, "synthesize", lambda _, __, ___, samples, *____: [([Pair("a request", (), "a call")], [])] * len(samples))
+    monkeypatch.setattr(train, "synthesize", lambda _, samples, *__: [([Pair("a request", (), "a call")], [])] * len(samples))
     run(tmp_path / "adapting", "--tau", "1")
     for record in evaluate.read_records(tmp_path / "adapting"):
         assert record["outcome"] == "out of memory" and record["answer"] == record["base"]

@@ -126,8 +126,8 @@ def test_a_batch_gives_each_sample_what_it_gets_alone(agent, samples, adapt):
     alone, together = [self_improve(agent, sample, config) for sample in batch], train.self_improve(agent, batch, config)
     assert sum(record.outcome == "adapted" for record in alone) >= 2
     for one, row in zip(alone, together):
-        assert row.losses == pytest.approx(one.losses, abs=1e-5) and row.scores == pytest.approx(one.scores, abs=1e-5)
-        one.losses, one.scores, one.candidates, one.margin = row.losses, row.scores, row.candidates, row.margin
+        assert row.losses == pytest.approx(one.losses, abs=1e-5) and row.norms == pytest.approx(one.norms, abs=1e-4) and row.scores == pytest.approx(one.scores, abs=1e-5)
+        one.losses, one.norms, one.scores, one.candidates, one.margin = row.losses, row.norms, row.scores, row.candidates, row.margin
         assert plain(row) == plain(one)
 
 
@@ -140,7 +140,7 @@ def fitted(agent, *rows: list[str], spoiled: int | None = None):
     encode = agent.tokenizer.encode
     with lora.adapters(agent.model, params, 16.0):
         return params, fine_tune(agent, [[(encode(text), encode(text + " answer")) for text in texts] for texts in rows], params,
-                                 dataclasses.replace(CONFIG, lr=1e-3))
+                                 dataclasses.replace(CONFIG, lr=1e-3))[0]
 
 
 def test_rows_with_fewer_steps_are_frozen_when_they_are_done(agent):
@@ -185,9 +185,9 @@ def test_training_equals_a_plain_loop_over_the_whole_prompt(agent, samples, adap
     ours = fresh()
     with lora.adapters(model, ours, 16.0):
         prefix = agent.prefixes.read(head) if adapt == "suffix" else None
-        losses = fine_tune(agent, [[(rest if prefix else head + rest, answer)]], ours, config, prefix)[0]
+        (losses,), (norms,) = fine_tune(agent, [[(rest if prefix else head + rest, answer)]], ours, config, prefix)
 
-    twin, twin_losses = fresh(), []
+    twin, twin_losses, twin_norms = fresh(), [], []
     monkeypatch.setattr(lora, "LoRALinear", MaskedLoRA)
     monkeypatch.setattr(MaskedLoRA, "start", len(head) if adapt == "suffix" else 0)
     with lora.adapters(model, twin, 16.0) as tensors:
@@ -199,11 +199,11 @@ def test_training_equals_a_plain_loop_over_the_whole_prompt(agent, samples, adap
             loss = F.cross_entropy(logits[mask], ids[0, 1:][mask])
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+            twin_norms.append(torch.nn.utils.clip_grad_norm_(tensors, 1.0).item())
             optimizer.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.epochs))
             optimizer.step()
             twin_losses.append(loss.item())
-    assert losses == pytest.approx(twin_losses, abs=1e-5) and losses[-1] < losses[0]
+    assert losses == pytest.approx(twin_losses, abs=1e-5) and losses[-1] < losses[0] and norms == pytest.approx(twin_norms, rel=1e-3)
     for name in ours:
         for mine, theirs in zip(ours[name], twin[name]):
             assert (mine - theirs).abs().max() < 1e-5

@@ -52,7 +52,7 @@ OPTIONAL = 0.4          # a parameter after the first is optional ...
 UNSAID = 0.6            # ... and then the request leaves it out
 FLAG = 0.08             # a tool has a flag among its parameters
 DESCRIBED = 0.05        # a parameter has a description
-ODD = 0.6               # a noun, service or phrase of the training split has random letters in it
+ODD = 0.7               # a noun, service or phrase of the training split has random letters in it
 TWO_CALLS = 0.1         # a request in ToolAlpaca's manner needs two calls
 EARLIER_CALL = 0.25     # a dialogue in API-Bank's manner has a call behind it
 ASKED_BACK = 0.4        # ... and the assistant asks for the values first
@@ -68,9 +68,18 @@ def word(r: random.Random) -> str:
     return "".join(syllables) + r.choice(("", "", "", "n", "r", "s", "l", "t"))
 
 
+PIECES: list[str] = []      # the tokens of small letters, from when there is a tokenizer
+
+
 def letters(r: random.Random) -> str:
-    """A word of random letters, about as frequent as in English, or of random syllables: its pieces are any tokens whatever."""
-    return word(r) if r.random() < 0.3 else "".join(r.choice("eeeeaaaaiiioooouutttnnnsssrrrlllddhhccmmppggbbfwyvkjxqz") for _ in range(r.randint(4, 10)))
+    """A word that nobody knows: random syllables, random letters (about as frequent as in English), or tokens joined at
+    random, so that every token is learnt to be copied, also one that real words seldom leave for themselves."""
+    kind = r.random()
+    if kind < 0.15:
+        return word(r)
+    if PIECES and kind < 0.75:
+        return "".join(r.choice(PIECES) for _ in range(r.randint(2, 3)))
+    return "".join(r.choice("eeeeaaaaiiiioooouutttnnnsssrrrlllddhhccmmppggbbfwyvkjxqz") for _ in range(r.randint(4, 10)))
 
 
 def name(r: random.Random) -> str:
@@ -303,7 +312,7 @@ PHRASES = {     # how requests and dialogues are worded; no phrase stands in bot
         "sure": ("Sure.", "Of course, one moment.", "Alright, I will do that."),
         "ask": ("Sure. What is the {}?", "I need the {} for that.", "Please tell me the {}."),
         "give": ("The {label} is {value}", "It has {label} {value}", "My {label} is {value}",
-                 "{value} is the {label}"),
+                 "{value} is the {label}", "Say {value} for the {label}"),
         "done": ("Done. Anything else?", "That is done.", "It worked."),
     },
     "held_out": {
@@ -342,7 +351,7 @@ def plan(r: random.Random, tool: dict, split: str, odd: float, vague: float) -> 
     """
     verb, thing = tool["description"].lower().split(" ", 1)
     thing = thing.removeprefix("the ").split(" by ")[0]
-    noun, facet = thing.rsplit(" ", 1) if thing.split()[-1] in FACETS + SECURITY_FACETS else (thing, "")
+    noun, facet = thing.rsplit(" ", 1) if " " in thing and thing.split()[-1] in FACETS + SECURITY_FACETS else (thing, "")
     if vague and r.random() < vague:
         verb = say(r, PHRASES[split]["vague"], odd)
     elif r.random() < SYNONYM:
@@ -393,7 +402,7 @@ def write_dialogue(r: random.Random, tools: list[dict], split: str, odd: float, 
         calls = [{"name": tool["name"], "arguments": arguments}]
         turns += [("user", upper_first(say(r, phrases["frame"], odd).format(deed))),
                   ("agent", say(r, phrases["ask"], odd).format(" and ".join(label for label, _, _ in said))),
-                  ("user", ". ".join(say(r, phrases["give"], odd).format(label=label, value=value)
+                  ("user", ". ".join(upper_first(say(r, phrases["give"], odd)).format(label=label, value=value)
                                      for label, value, _ in said) + ".")]
     else:
         request, calls = write_request(r, [tool], split, odd, vague)
@@ -492,6 +501,7 @@ def make_tokenizer(folder: Path, seed: int) -> None:
     bpe.train_from_iterator(texts, trainer)
     bpe.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases()])
     bpe.save(str(folder / "tokenizer.json"))
+    PIECES[:] = sorted(token for token in bpe.get_vocab() if re.fullmatch("[a-z]{2,6}", token))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, indent=2) + "\n")
     eos = [bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")]
