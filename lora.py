@@ -126,7 +126,8 @@ def load_adapter(folder: Path, model: nn.Module) -> tuple[Params, float]:
         if config.get(key, known) not in (known, None):
             raise ValueError(f"{folder}: {key} is {config[key]!r}, and only {known!r} is implemented")
     layers, params = dict(model.named_modules()), {}
-    for name in sorted({key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}):
+    found = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    for name in [*(found - layers.keys()), *(name for name in layers if name in found)]:      # in the order of `new_params`
         pair = [tensors.get(f"base_model.model.{name}.lora_{letter}.weight") for letter in "AB"]
         layer = layers.get(name)
         if None in pair or not isinstance(layer, nn.Linear) or \

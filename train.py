@@ -915,7 +915,7 @@ def parse_args(argv: Sequence[str] | None) -> list[tuple[Config, str]]:
             for flag, methods in USES.items():
                 options[flag] = options[flag] if options["method"] in methods else ""
             options["teacher_model"] = options["teacher_model"] if options["teacher"] else ""
-        configs.append((Config(**options), "+".join(f"{name}={value}".replace("/", "-") for name, value in changed.items())))
+        configs.append((Config(**options), "+".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in changed.items())))
     return configs
 
 

@@ -106,3 +106,32 @@ def test_a_draw_depends_on_seed_and_sample_alone(monkeypatch, model, tokenizer):
         return write(monkeypatch, model, tokenizer, ['Paris?"\n' + call_text((PARIS,))], mode="joint", **options)[2].asked[0][1]
     other = Sample("s-1", SAMPLE.messages, TOOLS)
     assert seeds(seed=1) == seeds(seed=1) != seeds(seed=2) and seeds(seed=1) != seeds(seed=1, sample=other)
+
+
+# -------------------------------------------------------------------------------------------------- filters, measures
+
+MAJORITY = [call_text((c,)) for c in (PARIS, PARIS, PARIS, OSLO, UNKNOWN)]
+
+
+@pytest.mark.parametrize("labels, filter, kept", [
+    (MAJORITY, "consistent", True), (MAJORITY[1:] + MAJORITY[-1:], "consistent", False), (MAJORITY[1:] + MAJORITY[-1:], "schema", True),
+    (["no call"], "none", True)])
+def test_filters_of_the_majority(monkeypatch, model, tokenizer, labels, filter, kept):
+    pairs, rejected, _ = write(monkeypatch, model, tokenizer, *[['Cold in Paris?"'], labels] * 3, filter=filter)
+    assert bool(pairs) == kept and len(rejected) == 3 * (not kept) and (not kept or pairs[0].text == labels[0])
+
+
+@pytest.mark.parametrize("written, filter, reason", [
+    (PARIS, "consistent", ""), (OSLO, "consistent", "the majority calls something else"), (UNKNOWN, "none", ""), (UNKNOWN, "schema", "unknown argument: town")])
+def test_filters_of_a_joint_pair(monkeypatch, model, tokenizer, written, filter, reason):
+    rounds = [[f'Cold in Paris?"\n{call_text((written,))}'], MAJORITY] if filter == "consistent" else [[f'Cold in Paris?"\n{call_text((written,))}']]
+    pairs, rejected, _ = write(monkeypatch, model, tokenizer, *rounds * 3, mode="joint", filter=filter)
+    assert [r.reason for r in rejected] == [reason] * 3 if reason else [p.text for p in pairs] == [call_text((written,))]
+
+
+def test_measures_of_text_by_hand():
+    assert augment.rouge_l("the cat sat", "the cat sat") == 1 and augment.rouge_l("a b", "c d") == 0
+    assert augment.rouge_l("police killed the gunman", "police kill the gunman") == 0.75           # Lin 2004's example
+    assert augment.rouge_l("the gunman kill police", "police kill the gunman") == 0.5
+    assert augment.distinct_2(["a b c", "a b"]) == pytest.approx(2 / 3)
+    assert augment.argument_values([{"name": "f", "arguments": {"a": 1, "b": ["x", {"c": True}]}}]) == ["1", "x", "True"]

@@ -1,8 +1,12 @@
 """What a run comes to: the numbers of a run folder, the table, and one sample's story."""
+import itertools
 import json
+
 import math
 
 import pytest
+import torch
+from scipy import stats
 
 import evaluate
 from evaluate import main, printable, read_records, story, summarise, table
@@ -94,3 +98,115 @@ def test_a_torn_last_line_is_left_out(folder):
     with open(folder / "records.jsonl", "a") as file:
         file.write('{"id": "f", "requ')
     assert [r["id"] for r in read_records(folder)] == list("abcde")
+
+
+# ------------------------------------------------------------------------------------------------ is a gain real?
+
+@pytest.mark.parametrize("right, n", [(0, 10), (10, 10), (3, 10), (57, 114), (1, 1)])
+def test_wilson_is_scipys(right, n):
+    theirs = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert evaluate.wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+
+
+@pytest.mark.parametrize("fixed, harmed", [(0, 0), (1, 0), (5, 0), (6, 1), (3, 3), (2, 9), (20, 11)])
+def test_mcnemar_is_the_exact_binomial_test(fixed, harmed):
+    theirs = stats.binomtest(fixed, fixed + harmed).pvalue if fixed + harmed else 1.0
+    assert evaluate.mcnemar(fixed, harmed) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_holm_by_hand():
+    assert evaluate.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert evaluate.holm([0.5, 0.9]) == [1.0, 1.0] and evaluate.holm([]) == []
+
+
+@pytest.mark.parametrize("n, points", [(114, 10.2), (294, 6.3), (526, 4.7), (1252, 3.1)])
+def test_the_smallest_gain_that_can_be_found(n, points):
+    assert 100 * evaluate.detectable(n) == pytest.approx(points, abs=0.06)
+
+
+@pytest.mark.parametrize("k, drawn, right", [(1, 5, 2), (2, 5, 2), (5, 5, 1), (3, 6, 0), (2, 4, 4)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(k, drawn, right):
+    subsets = list(itertools.combinations([True] * right + [False] * (drawn - right), k))
+    assert evaluate.pass_at(k, drawn, right) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_the_nested_bootstrap_has_the_spread_of_the_samples_and_of_the_seeds():
+    gain = torch.tensor([[1, 0] * 100])                                     # SD of the mean of n = 200: 0.5 / sqrt(200)
+    means = evaluate.nested_bootstrap(gain)
+    assert means.mean().item() == pytest.approx(0.5, abs=0.005) and means.std().item() == pytest.approx(0.5 / 200 ** 0.5, rel=0.1)
+    same = evaluate.nested_bootstrap(gain.repeat(5, 1))                     # five times the same seed is no more evidence
+    assert same.std().item() == pytest.approx(means.std().item(), rel=0.1)
+    assert evaluate.nested_bootstrap(torch.ones(3, 7)).unique().tolist() == [1.0]
+
+
+# -------------------------------------------------------------------------------------------------------- runs compared
+
+def write_run(folder, records, **config):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"bench": "sealtool", "data": "", "method": "ttsi", "gate": "score", "pairs": "self",
+                                                    "tau": 0.95, "seed": 0, "offline": True, **config}))
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two seeds of ttsi, and the base with sampled answers."""
+    def sampled(right, votes): return {"vote": part(votes), "sampled": [part(i < right) for i in range(5)]}
+    second = [RECORDS[0], record("b", True, True, "certain"), *RECORDS[2:4], record("e", False, False)]
+    base = [{**record(r["id"], r["base"]["exact"], r["base"]["exact"], "direct"), "pairs": [], "rejected": [], "losses": [], **sampled(i, i > 2)}
+            for i, r in enumerate(RECORDS)]
+    return [write_run(tmp_path / "s0", RECORDS), write_run(tmp_path / "s1", second, seed=1), write_run(tmp_path / "base", base, method="base")]
+
+
+def test_seeds_are_one_group_and_its_figures_are_those_by_hand(runs):
+    ttsi, base = evaluate.compare(evaluate.grouped(runs))
+    assert (ttsi["name"], ttsi["n"], ttsi["seeds"], base["name"], base["seeds"]) == ("ttsi", 5, 2, "base", 1)
+    assert (ttsi["base"], ttsi["after"]["mean"], ttsi["gain"], ttsi["fixed"], ttsi["harmed"]) == (0.4, 0.6, pytest.approx(0.2), 3, 1)
+    assert ttsi["after"]["sd"] == 0.0 and math.isnan(base["after"]["sd"])
+    assert ttsi["p"] == pytest.approx((evaluate.mcnemar(2, 1) + evaluate.mcnemar(1, 0)) / 2) and ttsi["holm"] == ttsi["p"]
+    assert ttsi["interval"][0] < 0.2 < ttsi["interval"][1] and (ttsi["fixed name"], ttsi["fixed format"]) == (3, 0)
+    assert (ttsi["uncertain"], ttsi["TPR"], base["acted"]) == (0.7, 1.0, 0)
+    assert (ttsi["paper"], base["paper"]) == (72.43, 66.37)
+
+
+def test_votes_and_pass_at_k_by_hand(runs):
+    row, = evaluate.votes(evaluate.grouped(runs))
+    assert row["vote"]["mean"] == pytest.approx(2 / 5) and row["k"] == 5
+    assert row["pass@1"]["mean"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 25) and row["pass@k"]["mean"] == pytest.approx(4 / 5)
+
+
+def test_the_pairs_by_hand(tmp_path):
+    pair = {"request": "Is it cold in Oslo?", "calls": [{"name": "f", "arguments": {"city": "Oslo", "n": 5}}], "text": "", "votes": 3}
+    records = [{**record("a", False, True), "request": "Is it warm in Rome? 5", "gold": '{"name": "f", "arguments": {"city": "Oslo"}}',
+                "base": {**part(False), "text": '{"name": "g", "arguments": {}}'}, "pairs": [pair], "norms": [2.0, 9.0], "kl": 0.5},
+               {**record("b", False, True), "pairs": [{**pair, "request": "What?"}]}]
+    row, = evaluate.describe_pairs(evaluate.grouped([write_run(tmp_path / "run", records)]))
+    assert (row["pairs"], row["valid"], row["unique"], row["repeats"]) == (2, 0.5, 1.0, 1)      # "What?" is the second's own request
+    assert row["ROUGE-L"] == pytest.approx((2 * 3 / 11 + 1) / 2)                                # is it _ in, of 5 and 6 words
+    assert (row["copied values"], row["tool as gold"], row["tool as direct"]) == (0.25, 0.5, 0.0)
+    assert (row["leaks"], row["largest norm"], row["KL"], row["first loss"], row["last loss"]) == (1, 9.0, 0.5, 0.5, 0.25)
+
+
+def test_the_report_in_every_form(runs, capsys):
+    assert main(list(map(str, runs))) == 0
+    text = capsys.readouterr().out
+    assert "Gains" in text and "pass@k" in text and "72.43" in text and "Median seconds" in text
+    assert main([*map(str, runs), "--markdown"]) == 0
+    assert "| bench | run |" in capsys.readouterr().out
+    assert main([*map(str, runs), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["gains"][0]["gain"] == pytest.approx(0.2) and len(found["runs"]) == 3
+
+
+def test_rescoring_reads_the_stored_texts_and_writes_nothing(tmp_path, capsys):
+    item = {"query": "hi", "tools": [{"name": "f", "description": "", "parameters": {}}], "answers": [{"name": "f", "arguments": {}}]}
+    (tmp_path / "data.json").write_text(json.dumps([item]))
+    wrong = {**record("sealtool-0", False, False), "answer": part(False, '{"name": "f", "arguments": {}}')}
+    folder = write_run(tmp_path / "run", [wrong], data=str(tmp_path / "data.json"))
+    before = (folder / "records.jsonl").read_bytes()
+    assert main([str(folder), "--rescore", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][str(folder)]["accuracy"] == 1.0
+    assert (folder / "records.jsonl").read_bytes() == before
+    (tmp_path / "data.json").unlink()
+    assert main([str(folder), "--rescore"]) == 2 and "data.json" in capsys.readouterr().err

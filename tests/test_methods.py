@@ -130,3 +130,176 @@ def test_pass_at_k_is_any_of_the_sampled(tmp_path, capsys):
     records = evaluate.read_records(tmp_path)
     share = sum(any(s["exact"] for s in r["sampled"]) for r in records) / 3
     assert all(len(r["sampled"]) == 3 for r in records) and f"pass@3 {100 * share:.1f}" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ gates and controls
+
+PROGRAM = ["--bench", "toolalpaca", "--model", "tiny", "--device", "cpu", "--max-new-tokens", "48"]
+
+
+def program(folder, *flags, code=0) -> list[dict]:
+    assert train.main([*PROGRAM, "--out", str(folder), *flags]) == code
+    return evaluate.read_records(folder) if (folder / "records.jsonl").is_file() else []
+
+
+def test_random_lets_as_many_through_as_the_score_and_oracle_those_that_are_wrong(tmp_path):
+    flags = ("--method", "vote", "--samples", "2", "--limit", "12")
+    by_score = program(tmp_path / "score", *flags)
+    count = sum(r["acted"] for r in by_score)
+    drawn = [[r["acted"] for r in program(tmp_path / f"random{seed}", *flags, "--gate", "random", "--seed", str(seed))] for seed in (0, 1, 2)]
+    assert 0 < count < 12 and all(sum(acted) == count for acted in drawn) and len(set(map(tuple, drawn))) > 1
+    for r in program(tmp_path / "oracle", *flags, "--gate", "oracle"):
+        assert r["acted"] == (not r["base"]["exact"]) == bool(r["sampled"])
+    assert "uses labels" in evaluate.table([tmp_path / "oracle"]) and "uses labels" not in evaluate.table([tmp_path / "score"])
+
+
+def test_gold_trains_on_the_samples_own_request_and_calls(agent, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "fine_tune", lambda agent, examples, *rest: seen.extend(examples) or ([[0.0]] * len(examples),) * 2)
+    config = dataclasses.replace(CONFIG, pairs="gold")
+    records = train.self_improve(agent, SAMPLES, config)
+    for sample, (example,), record in zip(SAMPLES, seen, records):
+        assert example[0] == agent.tokenizer.chat(call_prompt(sample))
+        assert agent.tokenizer.decode(example[1][:-1]) == call_text(sample.answers) == record.pairs[0]["text"]
+
+
+def test_unrelated_pairs_are_those_of_another_sample(agent, monkeypatch):
+    asked, seen = [], []
+
+    def synthesize(writer, samples, *rest):
+        asked.extend(samples)
+        return [([Pair(f"like {s.id}", (), "f()", 3)], []) for s in samples]
+    monkeypatch.setattr(train, "synthesize", synthesize)
+    monkeypatch.setattr(train, "fine_tune", lambda agent, examples, *rest: seen.extend(examples) or ([[0.0]] * len(examples),) * 2)
+    run(dataclasses.replace(agent, others=tuple(SAMPLES)), "ttsi", pairs="unrelated")
+    for sample, other, (example,) in zip(SAMPLES, asked, seen):
+        text = agent.tokenizer.decode(example[0])
+        assert other.id != sample.id and f"like {other.id}" in text and other.tools[0]["name"] in text
+
+
+def test_vote_samples_the_adapted_model_and_the_others_from_the_base(agent, monkeypatch):
+    """An adapter that has learnt another answer by heart is heard in the sampled answers, one that was not trained is not."""
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [
+        ([Pair(SAMPLES[0].messages[-1]["content"], (), "something else", 3)] if s.id == SAMPLES[0].id else [], []) for s in samples])
+    for adapt in ("full", "suffix"):
+        learnt, other, _ = run(agent, "ttsi", vote=True, samples=3, epochs=40, lr=5e-3, adapt=adapt, temperature=0.3)
+        assert learnt.answer["text"] == learnt.vote["text"] == "something else" and len(learnt.sampled) == 3
+        assert other.outcome == "no pair" and len(other.sampled) == 3 and "something else" not in str(other.sampled)
+
+
+def test_without_reset_the_adapter_learns_on_and_answers_everyone_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    flags = ("--reset", "never", "--filter", "none", "--tau", "0.9999", "--limit", "8")
+    whole = program(tmp_path / "whole", *flags)
+    trained = [i for i, r in enumerate(whole) if r["losses"]]
+    assert len(trained) >= 2 and all("answer" in r["seconds"] for r in whole[trained[0]:])
+    assert len(list((tmp_path / "whole").glob("stream-*"))) == 1
+    real, calls = train.improve_or_keep, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) > trained[1]:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, "improve_or_keep", stopped)
+    program(tmp_path / "cut", *flags, code=130)
+    monkeypatch.undo()
+    def plain(records): return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+    assert plain(program(tmp_path / "cut", *flags)) == plain(whole)
+    alone = program(tmp_path / "reset", *flags[2:])
+    second = trained[1]                                         # what it starts from is another adapter than a fresh one
+    assert alone[trained[0]]["losses"] != [] and alone[second]["losses"] != whole[second]["losses"]
+
+
+def test_kl_is_zero_before_training_and_grows_with_it(agent, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [([Pair("a request", (), "an answer", 3)], []) for s in samples])
+    still, moved = run(agent, "ttsi", kl=True, lr=1e-12)[0].kl, run(agent, "ttsi", kl=True, lr=5e-3)[0].kl
+    assert abs(still) < 1e-6 and moved > 1e-3
+
+
+# ------------------------------------------------------------------------------------------- from a training split
+
+@pytest.fixture
+def split(tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text("[" + ",".join(map(train.json.dumps, make.generate("toolalpaca", "train", 11, 12))) + "]")
+    return path
+
+
+def test_icl_shows_k_training_examples_before_the_request_and_asks_of_every_sample(agent, monkeypatch, split):
+    prompts, training = asked(monkeypatch, agent), tuple(data.load("toolalpaca", str(split)))
+    records = run(dataclasses.replace(agent, training=training), "icl", k=2, tau=0.0, gate="score", train_data=str(split))
+    for prompt in prompts[len(SAMPLES):]:
+        shown = [t for t in training if t.messages[-1]["content"] in prompt]
+        assert len(shown) == 2 and all(call_text(t.answers) in prompt for t in shown)
+    assert [r.outcome for r in records] == ["adapted"] * 3
+
+
+def test_sft_trains_once_saves_for_peft_and_the_adapter_can_be_used(tmp_path, monkeypatch, split, capsys):
+    monkeypatch.undo()
+    flags = ("--limit", "4", "--gate", "all")
+    sft = program(tmp_path / "sft", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3")
+    assert (tmp_path / "sft" / "adapter" / "adapter_model.safetensors").is_file()
+    monkeypatch.setattr(train, "supervised", None)              # it is not trained again
+    (tmp_path / "sft" / "records.jsonl").write_text("")
+    again = program(tmp_path / "sft", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3")
+    assert [r["answer"] for r in again] == [r["answer"] for r in sft]
+    merged = program(tmp_path / "merged", *flags, "--method", "base", "--adapter", str(tmp_path / "sft" / "adapter"))
+    assert [r["base"]["text"] for r in merged] == [r["answer"]["text"] for r in sft]
+
+
+def test_sft_minimises_the_loss_on_its_split(agent, split, monkeypatch):
+    monkeypatch.undo()
+    agent = dataclasses.replace(agent, training=tuple(data.load("toolalpaca", str(split))))
+    sample = agent.training[0]
+
+    def loss(params):
+        ids = agent.tokenizer.chat(call_prompt(sample))
+        own = agent.tokenizer.encode(call_text(sample.answers))
+        with train.adapters(agent.model, params, CONFIG.alpha), train.torch.no_grad():
+            hidden = agent.model(train.torch.tensor([ids + own]))[0, len(ids) - 1:-1]
+            return train.F.cross_entropy(agent.model.logits(hidden), train.torch.tensor(own)).item()
+    config = dataclasses.replace(CONFIG, method="sft", train_data=str(split), epochs=4, train_batch=4)
+    assert loss(train.supervised(agent, config, progress=False)) < 0.7 * loss({})
+
+
+def test_a_training_split_that_holds_test_samples_is_refused(tmp_path, capsys):
+    path = data.Path(data.__file__).parent / "samples" / "toolalpaca.json"
+    program(tmp_path / "run", "--method", "icl", "--train-data", str(path), code=2)
+    assert "50 of its requests are test samples" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- sweeps
+
+def test_a_sweep_finds_what_single_runs_find_and_computes_what_is_shared_once(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    flags = ("--limit", "6", "--batch", "3", "--filter", "none")
+    counts = {"assess": 0, "synthesize": 0, "fine_tune": 0}
+    for name in counts:
+        real = getattr(train, name)
+
+        def counted(*args, name=name, real=real):
+            counts[name] += len(args[1])
+            return real(*args)
+        monkeypatch.setattr(train, name, counted)
+    program(tmp_path, *flags, "--sweep", "tau=1,0.5", "--sweep", "epochs=2,4", "--sweep", "gate=all,score")
+    adapted = sum(r["outcome"] == "adapted" for r in evaluate.read_records(tmp_path / "tau=1+epochs=2+gate=all"))
+    assert counts == {"assess": 6, "synthesize": 6, "fine_tune": 2 * adapted} and adapted >= 2
+    monkeypatch.undo()
+    def plain(records): return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+    for tau, gate in (("0.5", "score"), ("1", "all")):
+        alone = program(tmp_path / "alone" / tau, *flags, "--tau", tau, "--epochs", "4", "--gate", gate)
+        swept = evaluate.read_records(tmp_path / f"tau={float(tau):g}+epochs=4+gate={gate}")
+        assert [r["outcome"] for r in alone] == [r["outcome"] for r in swept]
+        for one, other in zip(plain(alone), plain(swept)):
+            assert other["losses"] == pytest.approx(one["losses"], abs=1e-5) and other["answer"] == one["answer"]
+
+
+@pytest.mark.parametrize("sweep, said", [("nonsense=1,2", "--sweep nonsense"), ("tau", "--sweep tau"), ("k=1,two", "k is to be a int"),
+                                         ("gate=all,none", "gate is one of"), ("tau=0.5,7", "--tau 7")])
+def test_a_sweep_that_cannot_be_is_one_line(tmp_path, capsys, sweep, said):
+    program(tmp_path / "run", "--sweep", sweep, code=2)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "run").exists()

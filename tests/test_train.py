@@ -126,7 +126,7 @@ def test_a_batch_gives_each_sample_what_it_gets_alone(agent, samples, adapt):
     alone, together = [self_improve(agent, sample, config) for sample in batch], train.self_improve(agent, batch, config)
     assert sum(record.outcome == "adapted" for record in alone) >= 2
     for one, row in zip(alone, together):
-        assert row.losses == pytest.approx(one.losses, abs=1e-5) and row.norms == pytest.approx(one.norms, abs=1e-4) and row.scores == pytest.approx(one.scores, abs=1e-5)
+        assert row.losses == pytest.approx(one.losses, abs=1e-5) and row.norms == pytest.approx(one.norms, abs=1e-4) and row.scores == pytest.approx(one.scores, abs=1e-5, nan_ok=True)
         one.losses, one.norms, one.scores, one.candidates, one.margin = row.losses, row.norms, row.scores, row.candidates, row.margin
         assert plain(row) == plain(one)
 
