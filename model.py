@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as BPE
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ class KVCache:
         other.keys, other.values = [pick(t) for t in self.keys], [pick(t) for t in self.values]
         other.valid, other.holes = pick(self.valid), self.holes
         return other
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` slots."""
+        self.keys, self.values = ([t[:, :, :length] for t in tensors] for tensors in (self.keys, self.values))
+        self.valid = self.valid[:, :length]
 
     @staticmethod
     def stack(caches: Sequence["KVCache"]) -> "KVCache":
@@ -216,6 +222,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False                      # with gradients: keep only each block's input, compute the rest again
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -230,7 +237,7 @@ class Qwen2(nn.Module):
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None, valid: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states (B, T, D) after the last norm of the tokens `ids` (B, T), which follow what `cache` holds.
 
-        The cache grows by T slots. valid: (B, T) bool, False at padding; None if there is none. Raises ValueError when
+        The cache grows by T slots (but not while checkpointing, when nobody reads it afterwards). valid: (B, T) bool, False at padding; None if there is none. Raises ValueError when
         the tokens do not fit the model's context.
         """
         cache = self.new_cache() if cache is None else cache
@@ -242,7 +249,10 @@ class Qwen2(nn.Module):
         x = self.model.embed_tokens(ids)
         cos, sin = rotary_angles(positions, self.config)
         for block in self.model.layers:
-            x = block(x, cos, sin, mask, cache)
+            if self.checkpointing and torch.is_grad_enabled():          # twice through a block, so each on a fork that is dropped
+                x = checkpoint(lambda x, block=block: block(x, cos, sin, mask, cache.fork()), x, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache)
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -521,6 +531,52 @@ def seeded(*key: str | int) -> torch.Generator:
     on nothing else, so neither order nor batch size nor a resumed run changes it."""
     digest = hashlib.sha256(json.dumps(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+DRAFT, NGRAM = 6, 3      # tokens that a draft has at most, and that must agree for it
+
+
+def look_up(ids: Sequence[int]) -> list[int]:
+    """A draft of what comes next: what followed the last NGRAM (or fewer) tokens where they stood before, most recently
+    (prompt look-up decoding: Saxena 2023). [] where they did not."""
+    for n in range(NGRAM, 0, -1):
+        tail = list(ids[-n:])
+        for end in range(len(ids) - 1, n - 1, -1):
+            if ids[end - 1] == tail[-1] and list(ids[end - n:end]) == tail:
+                return list(ids[end:end + DRAFT])
+    return []
+
+
+@torch.no_grad()
+def speculate(model: Qwen2, prompt: Sequence[int], eos: frozenset[int], max_new_tokens: int, cache: KVCache | None,
+              context: Sequence[int], watch: Callable[[list[int], torch.Tensor], None] | None = None) -> list[int]:
+    """`generate` for one prompt, greedily: the same tokens in fewer passes. Tool calls copy names and values from the prompt,
+    so each pass reads a draft behind its token and keeps of it what the model would have written.
+
+    context: all tokens of the prompt, those in the cache, too; drafts are looked up there and in the new text.
+    """
+    ids, text, pending = list(context), [], list(prompt)
+    cache = model.new_cache() if cache is None else cache.fork()
+    checked = 0                                         # how many of the pending tokens are a draft
+    while True:
+        start = cache.length
+        hidden = model(torch.tensor([pending], device=model.device), cache)[0, len(pending) - checked - 1:]
+        logits = model.logits(hidden)                   # (checked + 1, V)
+        best, draft = logits.argmax(-1).tolist(), pending[len(pending) - checked:]
+        for i, token in enumerate(best):                # best[i] follows the first i tokens of the draft
+            if watch:
+                watch([0], logits[i:i + 1])
+            if token in eos:
+                return text
+            text.append(token)
+            ids.append(token)
+            if len(text) == max_new_tokens:
+                return text
+            if i == checked or token != draft[i]:
+                break
+        cache.cut(start + len(pending) - checked + i)   # what was drafted wrongly was read in vain
+        draft = look_up(ids)[:max_new_tokens - len(text) - 1]
+        pending, checked = [text[-1], *draft], len(draft)
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ from augment import Pair, RemoteWriter, Writer, check_calls, local_writer, reque
 from data import Sample, call_prompt, call_text
 from data.calls import calls_key, parse_calls
 from lora import TARGETS, Params, adapters, keep_rows, load_adapter, merge_adapter, new_params, save_adapter, targeted
-from model import ContextError, KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, pad, seeded
+from model import ContextError, KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, pad, \
+    seeded, speculate
 from uncertainty import ORDERS, SCORES, Evidence, answer_parts, choose_scores, entropy_of, name_lengths, otsu, score_candidates, \
     softmax_difference, threshold_between
 
@@ -117,6 +118,8 @@ class Config:
                         "pass@k in the tables", "answers and run folder")
     batch: int = option(0, "samples adapted together, each with its own adapter (0: 1 on a CPU, on a GPU as many as fit "
                         f"{BATCH_TOKENS} prompt tokens); changes results by rounding only", "answers and run folder")
+    checkpointing: str = option("auto", "in training keep only each block's input and compute the rest again, for less memory: auto: on a GPU, "
+                                "where it would not fit else", "answers and run folder", choices=("auto", "on", "off"))
     max_new_tokens: int = option(256, "longest answer, in tokens", "answers and run folder")
     out: str = option("", "run folder (default: runs/<bench>-<model>-<method>-s<seed>)", "answers and run folder")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", "answers and run folder")
@@ -155,7 +158,7 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
 
 
-FREE = ("limit", "batch", "out", "device", "offline", "verbose", "overwrite")     # may differ when a run goes on
+FREE = ("limit", "batch", "checkpointing", "out", "device", "offline", "verbose", "overwrite")     # may differ when a run goes on
 
 
 @dataclass
@@ -224,6 +227,8 @@ def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Param
     model, device = agent.model, agent.model.device
     tensors = [tensor for pair in params.values() for tensor in pair]                       # (B, ...) each
     means, squares = [torch.zeros_like(t) for t in tensors], [torch.zeros_like(t) for t in tensors]
+    longest = max(len(prompt) + len(own) for row in examples for prompt, own in row)
+    model.checkpointing = wants_checkpointing(model, len(examples) * longest, config.checkpointing)
     steps, losses, norms = [config.epochs * len(own) for own in examples], [[] for _ in examples], [[] for _ in examples]
     for step in range(max(steps)):
         going = [step < n and all(map(math.isfinite, own)) for n, own in zip(steps, losses)]
@@ -255,6 +260,20 @@ def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Param
     return losses, norms
 
 
+def wants_checkpointing(model: Qwen2, tokens: int, wish: str) -> bool:
+    """--checkpointing for a pass over so many tokens: auto is where a GPU has not the memory for what the pass keeps."""
+    if wish == "auto":
+        return model.device.type == "cuda" and kept_bytes(model, tokens) > 0.8 * torch.cuda.mem_get_info(model.device)[0]
+    return wish == "on"
+
+
+def kept_bytes(model: Qwen2, tokens: int) -> int:
+    """Upper estimate of what a pass with adapters on all layers keeps of so many tokens, without checkpointing: per token and
+    block some 60 bytes for each of the D values of its width, and 16 for each of those inside the MLP."""
+    c = model.config
+    return tokens * c.num_hidden_layers * (60 * c.hidden_size + 16 * c.intermediate_size)
+
+
 def schedule(step: int, steps: int, warmup: float) -> float:
     """The share of the peak learning rate at a step (from 0): linear warm-up, then half a cosine down to 0."""
     # ours: the warm-up is rounded down. The usual scheduler rounds it up to a whole step of learning rate 0, which
@@ -265,18 +284,22 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def answer(agent: Agent, prompts: Sequence[list[int]], config: Config, cache: KVCache | None = None,
+def answer(agent: Agent, prompts: Sequence[list[int]], contexts: Sequence[Sequence[int]], config: Config, cache: KVCache | None = None,
            watch: Callable | None = None) -> list[tuple[dict, int]]:
-    """Greedy decoding of the answers to prompts, which continue `cache`, by adapters where there are any; and their lengths."""
-    rows = generate(agent.model, prompts, agent.tokenizer.eos, config.max_new_tokens, cache, watch=watch,
-                    keep=lambda places: keep_rows(agent.model, places))
+    """Greedy decoding of the answers to prompts, which continue `cache`, by adapters where there are any; and their lengths.
+    contexts: the prompts with what the cache holds, in tokens."""
+    eos, limit = agent.tokenizer.eos, config.max_new_tokens
+    if len(prompts) == 1:
+        rows = [speculate(agent.model, prompts[0], eos, limit, cache, contexts[0], watch)]
+    else:
+        rows = generate(agent.model, prompts, eos, limit, cache, watch=watch, keep=lambda places: keep_rows(agent.model, places))
     return [({"text": agent.tokenizer.decode(ids)}, len(ids)) for ids in rows]
 
 
 def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Record]:
     """H and the direct answer, for test samples without their answers: how sure is the model of each?"""
     model, tokenizer = agent.model, agent.tokenizer
-    records, caches, last, evidence = [], [], [], []
+    records, caches, last, contexts, evidence = [], [], [], [], []
     wanted = dict.fromkeys((*choose_scores(config.scores), config.gate_score))
     needs = {SCORES[name].needs for name in wanted}
     for sample in samples:
@@ -299,6 +322,7 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Reco
         records.append(record)
         caches.append(cache)
         last.append(rest[-1:])
+        contexts.append(head + rest)
     steps = [[] for _ in samples]                                       # of each row: (token, -log p, entropy) of each step
 
     def watch(rows: list[int], logits: torch.Tensor) -> None:
@@ -307,7 +331,7 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Reco
         for row, *step in zip(rows, best.indices.tolist(), (-best.values).tolist(), entropy_of(log_p.exp()).tolist()):
             steps[row].append(step)
     with stage(records, "base"):                                        # always there, so that a run shows before and after
-        answers = answer(agent, last, config, KVCache.stack(caches), watch)
+        answers = answer(agent, last, contexts, config, KVCache.stack(caches), watch)
     for record, known, taken, (record.base, record.tokens["base"]) in zip(records, evidence, steps, answers):
         ids, nll, entropies = zip(*taken)
         known = replace(known, nll=torch.tensor(nll), entropy=torch.tensor(entropies), parts=answer_parts(tokenizer, ids))
@@ -442,11 +466,11 @@ def lessons(agent: Agent, sample: Sample, record: Record, config: Config) -> tup
 def answer_adapted(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], params: Params, config: Config) -> None:
     """The greedy answers of the adapters (one for each sample, or one for all), what --vote samples from them, and --kl."""
     heads, rests = zip(*(agent.tokenizer.split_chat(call_prompt(sample)) for sample in samples))
-    suffix = config.adapt == "suffix"
+    contexts, suffix = [head + rest for head, rest in zip(heads, rests)], config.adapt == "suffix"
     if not suffix:                                                        # the adapter acts on the tools' text, too
-        heads, rests = [()] * len(heads), [head + rest for head, rest in zip(heads, rests)]
+        heads, rests = [()] * len(heads), contexts
     with adapters(agent.model, params, config.alpha), stage(records, "answer"):
-        answers = answer(agent, rests, config, KVCache.stack([agent.prefixes.read(head) for head in heads]) if suffix else None)
+        answers = answer(agent, rests, contexts, config, KVCache.stack([agent.prefixes.read(head) for head in heads]) if suffix else None)
     for i, (sample, record, (text, length)) in enumerate(zip(samples, records, answers)):
         if record.outcome == "non-finite":
             continue
@@ -505,7 +529,8 @@ def answer_again(agent: Agent, prompts: Sequence[list[dict]], records: Sequence[
     """Greedy answers of the base model to other prompts, as the records' final answers."""
     heads, rests = zip(*map(agent.tokenizer.split_chat, prompts))
     with stage(records, "answer"):
-        answers = answer(agent, rests, config, KVCache.stack([agent.prefixes.read(head) for head in heads]))
+        answers = answer(agent, rests, [head + rest for head, rest in zip(heads, rests)], config,
+                         KVCache.stack([agent.prefixes.read(head) for head in heads]))
     for record, (record.answer, record.tokens["answer"]) in zip(records, answers):
         record.outcome = "adapted"
 
@@ -581,6 +606,8 @@ def supervised(agent: Agent, config: Config, progress: bool = True) -> Params:
     model, tokenizer = agent.model, agent.tokenizer
     examples = [(tokenizer.chat(call_prompt(s)), [*tokenizer.encode(call_text(s.answers)), tokenizer.im_end]) for s in agent.training]
     params = new_params(model, config.rank, [seeded(config.seed, "sft", "lora")], config.targets.split(","))
+    longest = max(len(prompt) + len(own) for prompt, own in examples)
+    model.checkpointing = wants_checkpointing(model, config.train_batch * longest, config.checkpointing)
     batches = [order[i:i + config.train_batch] for epoch in range(config.epochs)
                for order in [torch.randperm(len(examples), generator=seeded(config.seed, "sft", epoch)).tolist()]
                for i in range(0, len(order), config.train_batch)]

@@ -37,9 +37,9 @@ def asked(monkeypatch, agent) -> list[str]:
     """The prompts that greedy answers are asked for, as text, the direct ones first."""
     prompts, real = [], train.answer
 
-    def answer(agent, rows, config, cache=None, watch=None):
+    def answer(agent, rows, contexts, config, cache=None, watch=None):
         prompts.extend(agent.tokenizer.decode(row) for row in rows)
-        return real(agent, rows, config, cache, watch)
+        return real(agent, rows, contexts, config, cache, watch)
     monkeypatch.setattr(train, "answer", answer)
     return prompts
 
@@ -98,7 +98,7 @@ def test_vote_counts_calls_and_not_spellings(agent, monkeypatch):
 
 def test_retry_keeps_what_fits_and_else_takes_the_first_that_does(agent, monkeypatch):
     bases = ["nonsense", RIGHT[1], "nonsense"]
-    monkeypatch.setattr(train, "answer", lambda agent, rows, config, cache, watch: [
+    monkeypatch.setattr(train, "answer", lambda agent, rows, contexts, config, cache, watch: [
         (watch(range(len(rows)), agent.model.logits(agent.model(train.torch.tensor([row for row in rows]))[:, -1])), ({"text": text}, 1))[1]
         for text in bases])
     scripted(monkeypatch, "still nonsense", RIGHT[0])

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import CONFIG, write_checkpoint
-from model import (ModelConfig, PrefixCaches, Tokenizer, find_checkpoint, generate, load_model, rotary_angles,
-                   sample_token, seeded)
+from model import (ModelConfig, PrefixCaches, Tokenizer, find_checkpoint, generate, load_model, look_up, rotary_angles,
+                   sample_token, seeded, speculate)
 
 HERE = Path(__file__).parent
 SHAPES = {"tied, 2 of 4 heads": {}, "untied, 1 of 4": {"tie_word_embeddings": False, "num_key_value_heads": 1},
@@ -232,6 +232,29 @@ def test_every_end_token_ends_a_row_and_is_left_out(model, tokenizer, checkpoint
         for eos in (frozenset((end, 511)), frozenset((1, end))):
             assert generate(model, [PROMPTS[1]], eos, 24) == [plain_greedy(model, PROMPTS[1], eos)]
     assert generate(model, PROMPTS, frozenset(), 0) == [[]] * 4
+
+
+def test_a_draft_is_what_followed_last_time():
+    assert look_up([1, 2, 3, 9, 8, 1, 2, 3]) == [9, 8, 1, 2, 3]             # three tokens agree
+    assert look_up([1, 2, 7, 5, 2, 6, 1, 2]) == [7, 5, 2, 6, 1, 2]          # two do, which is more than the nearer single one
+    assert look_up([4, 5, 4, 6, 4]) == [6, 4] and look_up([1, 2, 3]) == look_up([]) == []
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 64])
+def test_speculation_writes_what_greedy_decoding_does_and_shows_each_step(model, tokenizer, limit):
+    """Also where drafts are wrong: what they left in the cache is gone. The prompts repeat themselves, as the answers do."""
+    for text in ("a b c d e f a b c", "the weather in Zürich, the weather in", "x", "1 2 3 1 2 3 1 2 3 1 2"):
+        ids = tokenizer.encode(text)
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(torch.tensor([ids[:-1] or ids]), cache)
+        seen, watched, passes, forward = [], [], [], model.forward
+        eos = frozenset([generate(model, [ids], frozenset(), 9)[0][-1]])    # an end that comes
+        plain, = generate(model, [ids[-1:]], eos, limit, cache, watch=lambda rows, logits: seen.append(logits))
+        model.forward = lambda *args: passes.append(1) or forward(*args)
+        assert speculate(model, ids[-1:], eos, limit, cache, ids, lambda rows, logits: watched.append(logits)) == plain
+        del model.forward
+        assert len(passes) <= len(seen) == len(watched) and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(seen, watched))
 
 
 def test_a_sampled_row_depends_on_its_generator_and_not_on_its_neighbours(model):

@@ -209,6 +209,40 @@ def test_training_equals_a_plain_loop_over_the_whole_prompt(agent, samples, adap
             assert (mine - theirs).abs().max() < 1e-5
 
 
+def kept(model, params, ids) -> tuple[int, list[torch.Tensor]]:
+    """The bytes that a pass keeps for its gradients, and the gradients."""
+    storages = {}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *(t for pair in params.values() for t in pair))}
+
+    def pack(t):
+        if (where := t.untyped_storage().data_ptr()) not in own:
+            storages[where] = t
+        return t
+    with lora.adapters(model, params, 16.0) as tensors:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            hidden = model(ids)
+        return sum(t.untyped_storage().nbytes() for t in storages.values()), list(torch.autograd.grad(hidden.square().sum(), tensors))
+
+
+def test_checkpointing_keeps_less_and_changes_no_gradient(agent, samples):
+    ids = torch.tensor([agent.tokenizer.chat(call_prompt(samples[0]))])
+    def fresh(): return lora.new_params(agent.model, 4, [seeded("kept")])
+    plain, gradients = kept(agent.model, fresh(), ids)
+    agent.model.checkpointing = True
+    less, same = kept(agent.model, fresh(), ids)
+    agent.model.checkpointing = False
+    assert less < plain / 8 and all((a - b).abs().max() < 1e-5 for a, b in zip(gradients, same))
+    assert plain < train.kept_bytes(agent.model, ids.shape[1]) < 2 * plain
+
+
+@pytest.mark.parametrize("adapt", ["full", "suffix"])
+def test_checkpointing_learns_the_same(agent, samples, adapt):
+    config = dataclasses.replace(CONFIG, adapt=adapt, filter="none")
+    plain_, saving = (self_improve(agent, samples[0].without_answers(), dataclasses.replace(config, checkpointing=how)) for how in ("off", "on"))
+    agent.model.checkpointing = False
+    assert plain_.losses and saving.losses == pytest.approx(plain_.losses, abs=1e-5) and saving.answer == plain_.answer
+
+
 def test_the_schedule_by_hand():
     assert [round(schedule(s, 5, 0.03), 3) for s in range(5)] == [1.0, 0.905, 0.655, 0.345, 0.095]
     assert [schedule(s, 100, 0.03) for s in range(4)] == [0, 1 / 3, 2 / 3, 1.0]
