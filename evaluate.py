@@ -263,7 +263,9 @@ def table(folders: Sequence[Path], markdown: bool = False, rescored: bool = Fals
             note(f"the paper, with Qwen2.5-1.5B-Instruct and 5 seeds: gain +{PAPER_GAIN[config['bench']]:.2f}"
                          + (f" ({PAPER_SEALTOOL})" if config["bench"] == "sealtool" else ""))
         if summary["k"]:
-            note(f"pass@{summary['k']} {100 * summary['pass_at_k']:.1f}, any of the sampled answers being right")
+            voted = mean_of(r["vote"]["exact"] for r in records if r.get("vote"))
+            note(f"pass@{summary['k']} {100 * summary['pass_at_k']:.1f}, any of the sampled answers being right; their majority, where "
+                 f"sampled, {percent(voted)}")
         if config.get("tau") == "auto" or config.get("budget"):
             note(chosen_tau(records))
         for outcome, what in DROPPED.items():

@@ -3,6 +3,7 @@
     python train.py --bench nexusraven                              # the bundled demonstration, or the real job on a GPU
     python train.py --bench sealtool --model Qwen/Qwen2.5-1.5B-Instruct --seed 1
     python train.py --bench toolalpaca --model ~/models/qwen --adapt suffix --limit 20 --verbose
+    python train.py --bench toolalpaca --sweep gate=all,score,random --sweep seed=0,1,2     # several runs, what they share computed once
     torchrun --nproc-per-node 4 train.py --bench apibank            # the samples shared among 4 processes, one GPU each
     python evaluate.py runs/*                                       # the table of several runs
 
@@ -73,6 +74,8 @@ class Config:
     teacher: str = option("", "for ttd, who writes the pairs: hub id or folder, such as a larger Qwen2.5; or the URL of an OpenAI-compatible "
                           "API, as https://host/v1, with its key in OPENAI_API_KEY", "what to run")
     teacher_model: str = option("", "the teacher's name there", "what to run")
+    teacher_apart: bool = option(False, "the teacher is loaded only while it writes, for all samples at once, and the student waits in the CPU's "
+                                 "memory; for a GPU that does not hold both", "what to run")
     adapter: str = option("", "an adapter in peft's format that is merged into the model before all else, such as one of sft", "what to run")
     train_data: str = option("", "for icl and sft: a file of samples with their calls that are not those of the test", "what to run")
     train_limit: int = option(0, "only the first N of them (0: all)", "what to run")
@@ -136,6 +139,8 @@ class Config:
             if (self.method in methods) != bool(value):
                 raise ValueError(f"--method {self.method} needs --{flag}" if not value else
                                  f"--{flag} {value}: of the methods only {' and '.join(methods)} use it, and --method is {self.method}")
+        if self.teacher_apart and not (self.teacher and "://" not in self.teacher):
+            raise ValueError("--teacher-apart: there is no --teacher whose weights are loaded here")
         if ("://" in self.teacher) != bool(self.teacher_model):
             raise ValueError("--teacher URL and --teacher-model NAME need each other")
         if self.vote and self.method not in ("base", "ttsi", "ttd", "sft"):
@@ -808,7 +813,7 @@ def wait_for_all(world: int) -> None:
 
 def needs_all(config: Config) -> bool:
     """Whether the gate can be told only when H has seen all samples."""
-    return config.tau == "auto" or config.budget > 0 or config.gate in ("random", "oracle")
+    return config.tau == "auto" or config.budget > 0 or config.gate in ("random", "oracle") or config.teacher_apart
 
 
 def look_ahead(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int, world: int,
@@ -844,6 +849,27 @@ def look_ahead(agent: Agent, samples: Sequence[Sample], config: Config, folder: 
     return config
 
 
+def teach_apart(agent: Agent, share: Sequence[Sample], config: Config, folder: Path, rank: int, known: dict[str, dict]) -> None:
+    """--teacher-apart: the teacher's pairs for this rank's samples that need some, into `known` and into assessed-<rank>.jsonl."""
+    records = {sample.id: Record(**known[sample.id]) for sample in share}
+    for record in records.values():
+        decide(record, config)
+    todo = [sample for sample in share if records[sample.id].acted and "pairs" not in records[sample.id].seconds]
+    if not todo:
+        return
+    device = agent.model.device
+    agent.prefixes.caches.clear()
+    agent.model.to("cpu")
+    agent = replace(agent, teacher=load_teacher(config, device)[0])
+    with tqdm(total=len(todo), unit="sample", desc="teacher", dynamic_ncols=True, disable=rank > 0) as bar:
+        for batch in batches(agent, todo, config):
+            write_pairs(agent, [(sample.without_answers(), records[sample.id]) for sample in batch], config)
+            known.update({sample.id: asdict(records[sample.id]) for sample in batch})
+            append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(known[sample.id]) + "\n").encode() for sample in batch))
+            bar.update(len(batch))
+    agent.model.to(device)
+
+
 def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, rank: int = 0, world: int = 1,
         known: dict[str, dict] | None = None) -> None:
     """Algorithm 1 over this rank's share of the samples that have no record yet, a line each in its own file. known: what other
@@ -853,6 +879,8 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
     share = [sample for sample in samples if sample.id not in records][rank::world]
     agent = with_adapter(agent, config, folder, len(records), rank, world)
     config = look_ahead(agent, samples, config, folder, rank, world, known) if needs_all(config) else config
+    if config.teacher_apart:
+        teach_apart(agent, share, config, folder, rank, known)
     wait_for_all(world)                                 # all have read what is there before anyone adds to it
     with tqdm(initial=len(records), total=len(records) + len(share), unit="sample", dynamic_ncols=True, disable=rank > 0) as bar:
         for batch in batches(agent, share, config):
@@ -942,6 +970,7 @@ def parse_args(argv: Sequence[str] | None) -> list[tuple[Config, str]]:
             for flag, methods in USES.items():
                 options[flag] = options[flag] if options["method"] in methods else ""
             options["teacher_model"] = options["teacher_model"] if options["teacher"] else ""
+            options["teacher_apart"] = options["teacher_apart"] and bool(options["teacher"])
         configs.append((Config(**options), "+".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in changed.items())))
     return configs
 
@@ -1020,8 +1049,11 @@ def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, st
     if len(everything) < 2 and any(each.pairs == "unrelated" for each in configs):
         raise ValueError("--pairs unrelated: there is no other sample")
     if teaching := [each for each in configs if each.teacher]:
-        writer, found["teacher"] = load_teacher(teaching[0], device)
-        agent = replace(agent, teacher=writer)
+        if config.teacher_apart:
+            found["teacher"] = config.teacher
+        else:
+            writer, found["teacher"] = load_teacher(teaching[0], device)
+            agent = replace(agent, teacher=writer)
     if path := max(each.train_data for each in configs):
         agent = replace(agent, training=tuple(data.load(config.bench, path)))
         found["training"] = evaluate.digest(agent.training)

@@ -78,6 +78,17 @@ def test_a_run_with_a_teacher(tmp_path):
     assert "teacher" in evaluate.read_json(tmp_path / "facts.json")
 
 
+def test_a_teacher_apart_writes_the_same_pairs_once(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    flags = ("--method", "ttd", "--teacher", "tiny", "--limit", "6", "--tau", "0.999", "--filter", "none")
+    beside, apart = program(tmp_path / "beside", *flags), program(tmp_path / "apart", *flags, "--teacher-apart")
+    def plain(records): return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+    assert plain(beside) == plain(apart) and any(r["pairs"] for r in apart)
+    (tmp_path / "apart" / "records.jsonl").write_text("")
+    monkeypatch.setattr(train, "synthesize", None)              # what the teacher wrote is there
+    assert plain(program(tmp_path / "apart", *flags, "--teacher-apart")) == plain(beside)
+
+
 def test_again_shows_the_direct_answer_and_asks_once_more(agent, monkeypatch):
     prompts = asked(monkeypatch, agent)
     records = run(agent, "again")
