@@ -10,6 +10,7 @@ of what this machine can do, measured first: of its matrix products for stages t
 bandwidth (each weight read once a step) for those that write one at a time.
 """
 import argparse
+import resource
 import statistics
 import sys
 import time
@@ -147,6 +148,24 @@ def plainly(clock: Clock, model, tokenizer: Tokenizer, sample: data.Sample, conf
     wrapped.unload()
 
 
+def together(model: Qwen2, tokenizer: Tokenizer, samples: list[data.Sample], size: int, config: train.Config) -> None:
+    """Print how much faster `size` samples are adapted in one batch, each with its own adapter, than one after another."""
+    agent = train.Agent(model, tokenizer, PrefixCaches(model))
+    samples = (samples * size)[:size]
+    rows = [[(tokenizer.chat(call_prompt(s)), [*tokenizer.encode(call_text(s.answers)), tokenizer.im_end])] for s in samples]
+
+    def fit(part):
+        params = new_params(model, config.rank, [seeded("lora", i) for i in range(len(part))], config.targets.split(","))
+        with adapters(model, params, config.alpha):
+            train.fine_tune(agent, part, params, config)
+    clock = Clock(model.device)
+    for _ in range(2):
+        clock("together", 0, lambda: fit(rows))
+        clock("one by one", 0, lambda: [fit([row]) for row in rows])
+    at_once, alone = min(clock.seconds["together"]), min(clock.seconds["one by one"])
+    print(f"{size} samples adapted, full: {at_once:.2f} s together, {alone:.2f} s one after another: {alone / at_once:.1f}x")
+
+
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Measured: floating-point operations a second of a matrix product, bytes a second read and written."""
     def best(work):
@@ -168,7 +187,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=3, help="samples (default: 3)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--ours-only", action="store_true", help="leave out the plain version")
+    parser.add_argument("--only", choices=("ours", "plain"), help="one side alone, for its peak memory")
+    parser.add_argument("--batch", type=int, default=0, help="also adapt so many samples at once, and one after another")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     folder = train.TINY if args.random or args.model == "tiny" else Path(args.model)
@@ -179,31 +199,38 @@ def main() -> None:
         tools = list({tool["name"]: tool for sample in samples for tool in sample.tools}.values())
         samples = [replace(sample, tools=tuple({t["name"]: t for t in (*sample.tools, *tools[24 * i:])}.values())[:24]) for i, sample in enumerate(samples)]
     samples, config = samples[:args.limit], train.Config(lr=1e-4, epochs=5)
-    plain = None if args.ours_only else in_transformers(model)
+    plain = None if args.only == "ours" else in_transformers(model)
     flops, bandwidth = ceilings(device, dtype)
     here, there = Clock(device), Clock(device)
     for sample in [samples[0], *samples]:               # the first is run twice: once to warm up
-        ours(here, model, tokenizer, sample, config)
+        if args.only != "plain":
+            ours(here, model, tokenizer, sample, config)
         if plain:
             plainly(there, plain, tokenizer, sample, config)
     for clock in (here, there):
         clock.seconds = {stage: statistics.median(spent[1:]) for stage, spent in clock.seconds.items()}
-    there.seconds |= {stage.replace("full", "suffix"): s for stage, s in there.seconds.items() if "full" in stage}    # it has but one way
+    if not args.only:
+        there.seconds |= {stage.replace("full", "suffix"): s for stage, s in there.seconds.items() if "full" in stage}    # it has but one way
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name or model.config.tie_word_embeddings)
     size = weights * model.model.norm.weight.element_size()
     print(f"{args.random or folder.name}, {len(samples)} samples, prompts of {len(tokenizer.chat(call_prompt(samples[0])))} tokens, {device}, {args.dtype}, "
           f"{torch.get_num_threads()} threads; this machine: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s")
     print(f"{'stage':24}{'ours, s':>10}{'plain, s':>10}{'ratio':>8}{'tokens/s':>10}{'of the ceiling':>16}")
-    for stage, spent in here.seconds.items():
-        tokens = here.tokens[stage]
+    for stage, spent in (here.seconds or there.seconds).items():
+        tokens = (here if here.seconds else there).tokens[stage]
         writes = stage in ("direct answer", "pair") or stage.startswith("adapted")
         share = size * tokens / spent / bandwidth if writes else (6 if "train" in stage else 2) * weights * tokens / spent / flops
         other = there.seconds.get(stage)
         print(f"{stage:24}{spent:10.3f}{f'{other:10.3f}{other / spent:7.1f}x' if other else ' ' * 10 + ' ' * 8}{tokens / spent:10.1f}{share:15.0%}")
-    if plain:
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if args.only:
+        print(f"peak memory {peak / 1e9:.2f} GB, {args.only} alone")
+    if args.batch:
+        together(model, tokenizer, samples, args.batch, config)
+    if not args.only:
         def total(clock, *stages): return sum(clock.seconds.get(stage, 0.0) for stage in stages)
         sure = ("prefill", "score", "direct answer")
-        for name, stages in (("a certain sample", sure), *((f"an uncertain one, {a}", (*sure, "pair", f"train {a}", f"adapted answer {a}"))
+        for name, stages in (("scoring, nothing cached", sure[:2]), ("a certain sample", sure), *((f"an uncertain one, {a}", (*sure, "pair", f"train {a}", f"adapted answer {a}"))
                                                            for a in ("full", "suffix"))):
             print(f"{name:24}{total(here, *stages):10.3f}{total(there, *stages):10.3f}{total(there, *stages) / total(here, *stages):7.1f}x")
 

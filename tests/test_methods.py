@@ -253,10 +253,15 @@ def test_sft_trains_once_saves_for_peft_and_the_adapter_can_be_used(tmp_path, mo
     flags = ("--limit", "4", "--gate", "all")
     sft = program(tmp_path / "sft", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3")
     assert (tmp_path / "sft" / "adapter" / "adapter_model.safetensors").is_file()
+    real = train.supervised
     monkeypatch.setattr(train, "supervised", None)              # it is not trained again
     (tmp_path / "sft" / "records.jsonl").write_text("")
     again = program(tmp_path / "sft", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3")
     assert [r["answer"] for r in again] == [r["answer"] for r in sft]
+    monkeypatch.setattr(train, "supervised", real)
+    together = program(tmp_path / "batch", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3", "--batch", "4", "--adapt", "suffix",
+                       "--vote", "--samples", "2", "--kl")       # one adapter for four rows
+    assert [r["answer"]["text"] for r in together] == [r["answer"]["text"] for r in sft] and all(r["kl"] > 0 for r in together)
     merged = program(tmp_path / "merged", *flags, "--method", "base", "--adapter", str(tmp_path / "sft" / "adapter"))
     assert [r["base"]["text"] for r in merged] == [r["answer"]["text"] for r in sft]
 
