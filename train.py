@@ -832,7 +832,7 @@ def look_ahead(agent: Agent, samples: Sequence[Sample], config: Config, folder: 
             append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(asdict(record)) + "\n").encode() for record in found))
             bar.update(len(batch))
     wait_for_all(world)
-    known.update(assessed() | known)
+    known.update(assessed())
     if config.tau == "auto" or config.budget:
         values = [known[sample.id]["scores"][config.gate_score] for sample in samples]
         threshold = threshold_between(values, round(config.budget * len(values))) if config.budget else otsu(values)
