@@ -12,8 +12,8 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 
 import torch
 
@@ -156,16 +156,22 @@ class RemoteWriter:
     model: str
 
     def __post_init__(self):
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0        # .port raises for what is none
+        except ValueError:
+            sound = False
+        if not sound or any(mark in self.url for mark in "@?#"):
             raise ValueError("--teacher: a URL is to look like https://host/v1, without a user name, a key or a query in it")
-        if parts.scheme == "http" and "OPENAI_API_KEY" in os.environ and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        if not api_key().isprintable() or not api_key().isascii():
+            raise ValueError("OPENAI_API_KEY holds characters that no key has")
+        if parts.scheme == "http" and api_key() and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             raise ValueError(f"--teacher {self.url}: OPENAI_API_KEY would travel unencrypted; use https, or unset the key")
 
     def __call__(self, prompts, limit, temperature, top_p, keys) -> list[list[str]]:
         jobs = [(messages, start, key) for (messages, start), own in zip(prompts, keys) for key in own]
-        with ThreadPoolExecutor(8) as pool:
-            texts = iter(list(pool.map(lambda job: self.ask(*job, temperature, top_p), jobs)))
+        with ThreadPool(8) as pool:                     # its threads are daemons: who interrupts a run need not wait for replies
+            texts = iter(pool.map(lambda job: self.ask(*job, temperature, top_p), jobs, chunksize=1))
         return [[next(texts) for _ in own] for own in keys]
 
     def ask(self, messages: list[dict], start: str, key: tuple, temperature: float, top_p: float) -> str:
@@ -186,13 +192,19 @@ class RemoteWriter:
     def post(self, body: bytes) -> dict:
         """The reply's JSON; ConnectionError after RETRIES further tries of what may pass (busy, broken or late servers)."""
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, {"Content-Type": "application/json"})
-        if key := os.environ.get("OPENAI_API_KEY"):
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        if api_key():
+            request.add_unredirected_header("Authorization", f"Bearer {api_key()}")
+        # no proxy for plain http: that is for this machine alone
+        opener = urllib.request.build_opener(NoRedirect, *([urllib.request.ProxyHandler({})] * self.url.startswith("http:")))
         for attempt in range(RETRIES + 1):
             wait = WAIT * 2 ** attempt
             try:
-                with urllib.request.build_opener(NoRedirect).open(request, timeout=TIMEOUT) as response:
-                    return json.loads(response.read())
+                with opener.open(request, timeout=TIMEOUT) as response:
+                    content = response.read()
+                try:
+                    return json.loads(content)
+                except ValueError:
+                    problem = "what came is no JSON"
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code} {error.reason}"
                 if error.code not in (408, 409, 429) and error.code < 500:
@@ -201,12 +213,16 @@ class RemoteWriter:
                     raise ConnectionError(f"--teacher {self.url}: {problem}{hint}") from None
                 if (error.headers.get("Retry-After") or "").isdigit():
                     wait = min(60, max(wait, int(error.headers["Retry-After"])))
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, http.client.HTTPException) as error:
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < RETRIES:
                 time.sleep(wait)
         raise ConnectionError(f"--teacher {self.url}: no reply after {RETRIES + 1} tries ({problem}); what is finished is kept, and the same "
                               "command goes on")
+
+
+def api_key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -268,7 +284,7 @@ def label(sample: Sample, written: str, texts: Sequence[str], mode: str, filter:
         return (texts or [written])[0], 1, ""
     text, votes, reasons = majority(texts, sample, LABELS // 2 + 1 if filter == "consistent" else AGREE) if texts else (written, 1, {})
     if not text:
-        return "", votes, reasons.most_common(1)[0][0]
+        return "", votes, reasons.most_common(1)[0][0] if reasons else "no call could be read"
     def key(text): return calls_key(parse_calls(text).calls, sample.tools)
     if mode == "joint" and key(text) != key(written):
         return "", votes, "the majority calls something else"

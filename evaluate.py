@@ -304,10 +304,10 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def nested_bootstrap(gain: torch.Tensor, times: int = 2000) -> torch.Tensor:
-    """(times,) mean gains of resamples of a paired difference (S seeds, n samples): samples drawn, and for each one of its seeds."""
+    """(times,) mean gains of resamples of a paired difference (S seeds, n samples): samples drawn, and for each S of its seeds."""
     (seeds, n), draw = gain.shape, torch.Generator().manual_seed(0)
-    samples = torch.randint(n, (times, n), generator=draw)
-    return gain.double()[torch.randint(seeds, (times, n), generator=draw), samples].mean(1)
+    samples = torch.randint(n, (times, 1, n), generator=draw)
+    return gain.double()[torch.randint(seeds, (times, seeds, n), generator=draw), samples].mean((1, 2))
 
 
 def detectable(n: int, discordant: float = 0.15) -> float:
@@ -322,7 +322,7 @@ def pass_at(k: int, drawn: int, right: int) -> float:
 
 # ------------------------------------------------------------------------------------------------- runs compared
 
-APART = ("seed", "limit", "batch", "out", "device", "offline", "verbose", "overwrite", "bench", "data", "lr")
+FREE = ("limit", "batch", "checkpointing", "out", "device", "offline", "verbose", "overwrite")     # options that change no result
 
 
 def grouped(folders: Sequence[Path], rescored: bool = False) -> list[dict]:
@@ -330,20 +330,23 @@ def grouped(folders: Sequence[Path], rescored: bool = False) -> list[dict]:
     hand), configuration, and the runs' records, which are about the same samples."""
     runs = [(config, records) for folder in folders
             for config, records in [(read_json(folder / "config.json"), rescore(folder) if rescored else read_records(folder))] if records]
+    tasks = {json.dumps([config.get("bench"), config.get("model")]) for config, _ in runs}
+    def differ(name):           # within a benchmark and a model, or among them; the learning rate has another default for each model
+        values = {task: {json.dumps(c.get(name)) for c, _ in runs if json.dumps([c.get("bench"), c.get("model")]) == task} for task in tasks}
+        return max(map(len, values.values())) > 1 or name not in ("lr", "data") and len(set().union(*values.values())) > 1
     varied = [name for name in dict.fromkeys(name for config, _ in runs for name in config)
-              if name not in APART and len({json.dumps(config.get(name)) for config, _ in runs}) > 1]
-    groups: dict[tuple, dict] = {}
+              if name not in (*FREE, "seed", "bench", "method") and differ(name)]
+    groups: dict[str, dict] = {}
     for config, records in runs:
-        said = [str(config.get("method", "run")), *(f"{name} {config[name]}" for name in varied
-                                                   if name in config and name not in ("method", "model", "teacher", "teacher_model", "train_data"))]
-        said += [Path(config["model"]).name] if "model" in varied else []
+        said = [str(config.get("method", "run")), *(f"{name} {Path(str(config[name])).name}" for name in varied if config.get(name) not in (None, ""))]
         said += ["(uses labels)"] if config.get("gate") == "oracle" or config.get("pairs") == "gold" else []
+        key = json.dumps({name: value for name, value in config.items() if name not in (*FREE, "seed")}, sort_keys=True)
         bench = config.get("bench", "") + (", bundled" if config.get("data") == "bundled" else "")
-        group = groups.setdefault((bench, *said), {"bench": bench, "name": " ".join(said), "config": config, "runs": []})
-        group["runs"].append({record["id"]: record for record in records})
+        group = groups.setdefault(key, {"bench": bench, "name": " ".join(said), "config": config, "runs": {}})
+        group["runs"].setdefault(config.get("seed"), {record["id"]: record for record in records})      # the same seed twice is one
     for group in groups.values():                       # a run that was stopped lacks samples: compare those that all have
-        common = [id for id in group["runs"][0] if all(id in run for run in group["runs"])]
-        group["runs"] = [[run[id] for id in common] for run in group["runs"]]
+        runs = list(group["runs"].values())
+        group["runs"] = [[run[id] for id in runs[0] if all(id in other for other in runs)] for run in runs]
     return [group for group in groups.values() if group["runs"][0]]
 
 
@@ -362,12 +365,14 @@ def compare(groups: Sequence[dict]) -> list[dict]:
         kinds = Counter(kind_of(r["base"]["reason"]) for run in runs for r in run if r["answer"]["exact"] and not r["base"]["exact"])
         low, high = interval(nested_bootstrap(gain)) if gain.any() else (0.0, 0.0)
         method, gate, pairs, tau = (config.get(key) for key in ("method", "gate", "pairs", "tau"))
-        published = next((PAPER[key] for key in ((group["bench"], method, gate, pairs, tau), (group["bench"], method, gate, pairs),
+        ours = config.get("k", 1) != 1 or config.get("reset", "sample") != "sample" or config.get("adapt", "full") != "full"
+        published = math.nan if ours and method != "base" else next((PAPER[key] for key in ((group["bench"], method, gate, pairs, tau), (group["bench"], method, gate, pairs),
                                                  (group["bench"], method)) if key in PAPER), math.nan)
         acted = [r for run in runs for r in run if r.get("acted", r["uncertain"]) and method != "base"]
         draw = mean_of(r["seconds"]["sampled"] / len(r["sampled"]) if r["sampled"] and "sampled" in r["seconds"] else r["seconds"].get("base", 0.0)
                        for run in runs for r in run)
-        extra = mean_of(sum(s for stage, s in r["seconds"].items() if stage in ("pairs", "train", "answer")) for r in acted)
+        extra = mean_of(sum(s for stage, s in r["seconds"].items() if stage in (
+            "pairs", "train", "answer", *(["sampled"] if method in ("vote", "retry") else []))) for r in acted)
         rows.append({
             "bench": group["bench"], "name": group["name"], "n": n, "seeds": len(runs),
             "base": mean(r["base"]["exact"] for run in runs for r in run),
@@ -452,12 +457,12 @@ def latency(groups: Sequence[dict]) -> list[dict]:
 
 
 def without_nan(value):
-    """For JSON, which has no NaN: None in its place."""
+    """For JSON, which has no NaN and no infinity: None in their place."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def percent(value: float, sign: str = "") -> str:

@@ -5,6 +5,7 @@ Shapes as in model.py; R is the rank.
 """
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,9 +106,10 @@ def save_adapter(folder: Path, params: Params, alpha: float, row: int = 0, base_
     save_file({f"base_model.model.{name}.lora_{letter}.weight": tensor[row].detach().cpu().contiguous()
                for name, pair in params.items() for letter, tensor in zip("AB", pair)},
               folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps({
+    (folder / "adapter_config.tmp").write_text(json.dumps({
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": rank, "lora_alpha": alpha,
         "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "inference_mode": True}, indent=2) + "\n")
+    os.replace(folder / "adapter_config.tmp", folder / "adapter_config.json")       # once it is there, all is
 
 
 def load_adapter(folder: Path, model: nn.Module) -> tuple[Params, float]:

@@ -575,7 +575,8 @@ def speculate(model: Qwen2, prompt: Sequence[int], eos: frozenset[int], max_new_
             if i == checked or token != draft[i]:
                 break
         cache.cut(start + len(pending) - checked + i)   # what was drafted wrongly was read in vain
-        draft = look_up(ids)[:max_new_tokens - len(text) - 1]
+        room = min(max_new_tokens - len(text), model.config.max_position_embeddings - cache.length) - 1
+        draft = look_up(ids)[:max(room, 0)]
         pending, checked = [text[-1], *draft], len(draft)
 
 

@@ -139,6 +139,8 @@ class Config:
             if (self.method in methods) != bool(value):
                 raise ValueError(f"--method {self.method} needs --{flag}" if not value else
                                  f"--{flag} {value}: of the methods only {' and '.join(methods)} use it, and --method is {self.method}")
+        if self.method == "ttd" and self.pairs == "gold":
+            raise ValueError("--pairs gold: nobody writes them, so there is no teacher; use --method ttsi")
         if self.teacher_apart and not (self.teacher and "://" not in self.teacher):
             raise ValueError("--teacher-apart: there is no --teacher whose weights are loaded here")
         if ("://" in self.teacher) != bool(self.teacher_model):
@@ -163,7 +165,7 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
 
 
-FREE = ("limit", "batch", "checkpointing", "out", "device", "offline", "verbose", "overwrite")     # may differ when a run goes on
+FREE = evaluate.FREE    # may differ when a run goes on
 
 
 @dataclass
@@ -268,7 +270,10 @@ def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Param
 def wants_checkpointing(model: Qwen2, tokens: int, wish: str) -> bool:
     """--checkpointing for a pass over so many tokens: auto is where a GPU has not the memory for what the pass keeps."""
     if wish == "auto":
-        return model.device.type == "cuda" and kept_bytes(model, tokens) > 0.8 * torch.cuda.mem_get_info(model.device)[0]
+        if model.device.type != "cuda":
+            return False
+        idle = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)     # of the allocator's own
+        return kept_bytes(model, tokens) > 0.8 * (torch.cuda.mem_get_info(model.device)[0] + idle)
     return wish == "on"
 
 
@@ -409,8 +414,12 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, record
         learners = [one for one in learners if "answer" not in one[1].seconds]
         if learners:
             in_context(agent, *zip(*learners), config)                                        #      TT-ICL: nothing is trained
-    elif config.reset == "never":
-        go_on_learning(agent, learners, list(zip(samples, records)), config)
+    elif config.reset == "never":                                         #      a batch of one; its adapter learns on and on
+        if learners:
+            agent.adapter.update(agent.adapter or new_adapters(agent, ["stream"], config))
+            adapt(agent, learners, config, agent.adapter)
+        elif agent.adapter:
+            answer_adapted(agent, samples, records, agent.adapter, config)
     elif learners := [one for one in learners if "answer" not in one[1].seconds]:
         adapt(agent, learners, config)                                                        # l.6-9
     if config.vote:
@@ -447,7 +456,7 @@ def subject(agent: Agent, sample: Sample, config: Config) -> Sample:
 def adapt(agent: Agent, learners: Sequence[tuple[Sample, Record]], config: Config, kept: Params | None = None) -> None:
     """T, the answer and the reset (outside of `adapters` the model is theta_0), for samples with pairs. kept: an adapter to go on with and to keep (--reset never)."""
     samples, records = zip(*learners)
-    params = kept or new_params(agent.model, config.rank, [seeded(config.seed, s.id, "lora") for s in samples], config.targets.split(","))
+    params = kept or new_adapters(agent, [s.id for s in samples], config)
     examples, prefix = zip(*[lessons(agent, sample, record, config) for sample, record in learners])
     with adapters(agent.model, params, config.alpha):                                         # l.6  theta' = theta_0 + BA
         with stage(records, "train"):
@@ -457,6 +466,11 @@ def adapt(agent: Agent, learners: Sequence[tuple[Sample, Record]], config: Confi
         if not math.isfinite(record.losses[-1]):
             record.outcome = "non-finite"                                                     #      the direct answer stands
     answer_adapted(agent, samples, records, params, config)                                   # l.8-9  answer with theta_i*; reset
+
+
+def new_adapters(agent: Agent, names: Sequence[str], config: Config) -> Params:
+    """A fresh adapter for each name, which seeds it."""
+    return new_params(agent.model, config.rank, [seeded(config.seed, name, "lora") for name in names], config.targets.split(","))
 
 
 def lessons(agent: Agent, sample: Sample, record: Record, config: Config) -> tuple[list[Example], KVCache | None]:
@@ -476,14 +490,17 @@ def answer_adapted(agent: Agent, samples: Sequence[Sample], records: Sequence[Re
     contexts, suffix = [head + rest for head, rest in zip(heads, rests)], config.adapt == "suffix"
     if not suffix:                                                        # the adapter acts on the tools' text, too
         heads, rests = [()] * len(heads), contexts
+    cache = KVCache.stack([agent.prefixes.read(head) for head in heads]) if suffix else None        # read by theta_0, so out here
     with adapters(agent.model, params, config.alpha), stage(records, "answer"):
-        answers = answer(agent, rests, contexts, config, KVCache.stack([agent.prefixes.read(head) for head in heads]) if suffix else None)
+        answers = answer(agent, rests, contexts, config, cache)
     for i, (sample, record, (text, length)) in enumerate(zip(samples, records, answers)):
         if record.outcome == "non-finite":
             continue
         record.answer, record.tokens["answer"] = text, length
         row = {name: tuple(t[i:i + 1] if len(t) > 1 else t for t in pair) for name, pair in params.items()}
         if config.vote:
+            if suffix:
+                agent.prefixes.read(heads[i])                             # by theta_0, to be found in the cache below
             with adapters(agent.model, row, config.alpha):
                 draw(agent, [sample], [record], config, [(heads[i], rests[i])])
         if config.kl:
@@ -500,18 +517,6 @@ def divergence(agent: Agent, params: Params, head: Sequence[int], rest: list[int
     with adapters(agent.model, params, config.alpha):
         adapted = log_p()
     return F.kl_div(base, adapted, log_target=True, reduction="batchmean").item()
-
-
-def go_on_learning(agent: Agent, learners: Sequence[tuple[Sample, Record]], everyone: Sequence[tuple[Sample, Record]], config: Config) -> None:
-    """--reset never: the one adapter learns each sample's pairs in turn, and answers every sample from the first that it learnt.
-    H, G and the direct answers are still those of the base weights."""
-    for sample, record in everyone:
-        if any(record is one for _, one in learners):
-            if not agent.adapter:
-                agent.adapter.update(new_params(agent.model, config.rank, [seeded(config.seed, "stream", "lora")], config.targets.split(",")))
-            adapt(agent, [(sample, record)], config, agent.adapter)
-        elif agent.adapter:
-            answer_adapted(agent, [sample], [record], agent.adapter, config)
 
 
 def in_context(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
@@ -612,7 +617,7 @@ def supervised(agent: Agent, config: Config, progress: bool = True) -> Params:
     the answers' tokens, and the schedule and clipping of `fine_tune`."""
     model, tokenizer = agent.model, agent.tokenizer
     examples = [(tokenizer.chat(call_prompt(s)), [*tokenizer.encode(call_text(s.answers)), tokenizer.im_end]) for s in agent.training]
-    params = new_params(model, config.rank, [seeded(config.seed, "sft", "lora")], config.targets.split(","))
+    params = new_adapters(agent, ["sft"], config)
     longest = max(len(prompt) + len(own) for prompt, own in examples)
     model.checkpointing = wants_checkpointing(model, config.train_batch * longest, config.checkpointing)
     batches = [order[i:i + config.train_batch] for epoch in range(config.epochs)
@@ -628,7 +633,9 @@ def supervised(agent: Agent, config: Config, progress: bool = True) -> Params:
             loss = F.cross_entropy(model.logits(read), torch.tensor([token for _, own in rows for token in own], device=model.device))
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(tensors, 1.0)
+            if not (loss.isfinite() and norm.isfinite()):
+                raise ValueError(f"sft: the loss is not finite at step {step + 1}; lower --lr ({config.lr:g})")
             optimizer.param_groups[0]["lr"] = config.lr * schedule(step, len(batches), config.warmup)
             optimizer.step()
             bar.update()
@@ -722,17 +729,23 @@ def facts(model: Qwen2, samples: Sequence[Sample]) -> dict[str, str]:
             "torch": torch.__version__, "python": sys.version.split()[0]}
 
 
+def clear(folder: Path) -> None:
+    """--overwrite: delete what a run has written into its folder. facts.json, which tells that it is one, goes last."""
+    if (folder / "facts.json").is_file():
+        for old in (folder / "adapter", *folder.glob("stream-*")):
+            shutil.rmtree(old, ignore_errors=True)
+        for old in (*evaluate.record_files(folder), *folder.glob("assessed-*.jsonl"),
+                    *(folder / f"{name}.json" for name in ("config", "summary", "facts"))):
+            old.unlink(missing_ok=True)
+
+
 def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
     """Make the run folder, or go on in it. ValueError if it holds a run of another configuration, data or weights.
 
     What a kill may have left is mended: a torn last line is cut off, and records of other ranks move to records.jsonl.
     """
-    if config.overwrite and (folder / "facts.json").is_file():
-        for old in (*(folder / f"{name}.json" for name in ("config", "facts", "summary")), *evaluate.record_files(folder),
-                    *folder.glob("assessed-*.jsonl")):
-            old.unlink(missing_ok=True)
-        for old in (folder / "adapter", *folder.glob("stream-*")):
-            shutil.rmtree(old, ignore_errors=True)
+    if not (folder / "config.json").is_file() and evaluate.record_files(folder):
+        raise ValueError(f"{folder} holds records but no config.json: choose another --out, or delete the folder")
     free = FREE[1:] if needs_all(config) else FREE      # there, the gate depends on which samples there are
     if (folder / "config.json").is_file():
         before = evaluate.read_json(folder / "config.json")
@@ -744,8 +757,9 @@ def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
             raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(other)}): choose another --out, "
                              "or start it anew with --overwrite")
         for name in ("code", "torch", "python"):
-            if then[name] != now[name]:
-                print(f"{folder}: the run was begun with {name} {then[name]:.12}, it goes on with {now[name]:.12}")
+            if (before := then[name].split()[-1]) != now[name]:
+                print(f"{folder}: the run was begun with {name} {before:.12}, it goes on with {now[name]:.12}")
+                now = {**now, name: f"{then[name]} {now[name]}"}        # all that had a part in it
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", asdict(config))
     write_json(folder / "facts.json", {"config": evaluate.digest_file(folder / "config.json"), **now})
@@ -859,12 +873,12 @@ def teach_apart(agent: Agent, share: Sequence[Sample], config: Config, folder: P
     todo = [sample for sample in share if records[sample.id].acted and "pairs" not in records[sample.id].seconds]
     if not todo:
         return
-    device = agent.model.device
+    device, parts = agent.model.device, list(batches(agent, todo, config))
     agent.prefixes.caches.clear()
     agent.model.to("cpu")
     agent = replace(agent, teacher=load_teacher(config, device)[0])
     with tqdm(total=len(todo), unit="sample", desc="teacher", dynamic_ncols=True, disable=rank > 0) as bar:
-        for batch in batches(agent, todo, config):
+        for batch in parts:
             write_pairs(agent, [(sample.without_answers(), records[sample.id]) for sample in batch], config)
             known.update({sample.id: asdict(records[sample.id]) for sample in batch})
             append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(known[sample.id]) + "\n").encode() for sample in batch))
@@ -919,6 +933,8 @@ def with_adapter(agent: Agent, config: Config, folder: Path, count: int, rank: i
     if config.reset == "never" and world > 1:
         raise ValueError("--reset never: one adapter learns from sample to sample, so there can be but one process")
     kept = folder / f"stream-{count}"
+    if config.reset == "never" and not kept.is_dir() and any(record["losses"] for record in evaluate.read_records(folder)):
+        raise ValueError(f"{folder}: what its samples have taught is not there ({kept.name}): start anew with --overwrite")
     if config.reset == "never" and kept.is_dir():
         params = load_adapter(kept, agent.model)[0]
         return replace(agent, adapter={name: tuple(t.requires_grad_() for t in pair) for name, pair in params.items()})
@@ -964,6 +980,8 @@ def parse_args(argv: Sequence[str] | None) -> list[tuple[Config, str]]:
                         "targets are parted by ';'. Options: " + ", ".join(name.replace("_", "-") for name in SWEEPABLE))
     given = vars(parser.parse_args(argv))
     swept = [read_sweep(text) for text in given.pop("sweep")]
+    if twice := [name for name, _ in swept if [other for other, _ in swept].count(name) > 1]:
+        raise ValueError(f"--sweep {twice[0]}: given twice; write all its values behind one")
     configs = []
     for values in product(*(values for _, values in swept)):
         changed = {name: value for (name, _), value in zip(swept, values)}
@@ -974,6 +992,8 @@ def parse_args(argv: Sequence[str] | None) -> list[tuple[Config, str]]:
             options["teacher_model"] = options["teacher_model"] if options["teacher"] else ""
             options["teacher_apart"] = options["teacher_apart"] and bool(options["teacher"])
         configs.append((Config(**options), "+".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in changed.items())))
+    if idle := [flag for flag in USES if given[flag] and not any(getattr(config, flag) for config, _ in configs)]:
+        raise ValueError(f"--{idle[0].replace('_', '-')}: no run of the sweep uses it")
     return configs
 
 
@@ -1051,8 +1071,8 @@ def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, st
     if len(everything) < 2 and any(each.pairs == "unrelated" for each in configs):
         raise ValueError("--pairs unrelated: there is no other sample")
     if teaching := [each for each in configs if each.teacher]:
-        if config.teacher_apart:
-            found["teacher"] = config.teacher
+        if teaching[0].teacher_apart:
+            found["teacher"] = teaching[0].teacher
         else:
             writer, found["teacher"] = load_teacher(teaching[0], device)
             agent = replace(agent, teacher=writer)
@@ -1073,14 +1093,20 @@ def load_teacher(config: Config, device: torch.device) -> tuple[Writer, str]:
     return local_writer(model, Tokenizer(folder), PrefixCaches(model)), fingerprint(model)
 
 
-def work(configs: Sequence[Config], rank: int, world: int) -> int:
+def work(configs: Sequence[Config], sweep: bool, rank: int, world: int) -> int:
     """One process's part of the program: the runs one after another, and for rank 0 the tables; its exit code."""
     agent, samples, now = set_up(configs)
     def stop(*_): raise KeyboardInterrupt
     for number in (signal.SIGINT, signal.SIGTERM):      # also where a shell's background job ignores SIGINT
         signal.signal(number, stop)
+    if rank == 0 and configs[0].overwrite:
+        for config in configs:
+            with locked(Path(config.out)):
+                clear(Path(config.out))
     for config in configs:
-        if code := one_run(agent, samples, now, config, len(configs) > 1, rank, world):
+        # what lies beside is used, too, but not by a sweep that starts anew
+        beside = [Path(each.out) for each in configs] if config.overwrite else Path(config.out).parent.glob("*")
+        if code := one_run(agent, samples, now, config, list(beside) if sweep else [], rank, world):
             return code
     if rank == 0:
         print(evaluate.report([Path(config.out) for config in configs]))
@@ -1088,16 +1114,16 @@ def work(configs: Sequence[Config], rank: int, world: int) -> int:
     return 0
 
 
-def siblings(folder: Path, now: dict[str, str]) -> Iterator[tuple[Config, list[dict]]]:
-    """The finished runs beside this one, of the same samples and weights: what a sweep has computed, now or before."""
-    for path in sorted(folder.parent.glob("*/facts.json")):
-        facts = evaluate.read_json(path)
-        if path.parent != folder and "weights_after" in facts and all(facts.get(key) == now[key] for key in ("data", "weights", "code")):
-            yield Config(**evaluate.read_json(path.parent / "config.json")), evaluate.read_records(path.parent)
+def finished(folders: Sequence[Path], now: dict[str, str]) -> Iterator[tuple[Config, list[dict]]]:
+    """Those of the runs that have ended, of the same samples, weights and code: what a sweep has computed, now or before."""
+    for folder in sorted(folders):
+        facts = evaluate.read_json(folder / "facts.json") if (folder / "facts.json").is_file() else {}
+        if "weights_after" in facts and all(facts[key] == now.get(key) for key in ("data", "weights", "code", "torch", "teacher") if key in facts):
+            yield Config(**evaluate.read_json(folder / "config.json")), evaluate.read_records(folder)
 
 
-def one_run(agent: Agent, samples: list[Sample], now: dict[str, str], config: Config, sweep: bool, rank: int, world: int) -> int:
-    """A run in its folder, from where it was, and in a sweep with what its siblings know; its exit code."""
+def one_run(agent: Agent, samples: list[Sample], now: dict[str, str], config: Config, beside: Sequence[Path], rank: int, world: int) -> int:
+    """A run in its folder, from where it was, with what others beside it know; its exit code."""
     folder = Path(config.out)
     with locked(folder) if rank == 0 else nullcontext():
         if rank == 0:
@@ -1109,7 +1135,7 @@ def one_run(agent: Agent, samples: list[Sample], now: dict[str, str], config: Co
         try:
             wait_for_all(world)
             known = {}
-            for then, lines in siblings(folder, now) if sweep else ():
+            for then, lines in finished([other for other in beside if other != folder], now):
                 for line in lines:
                     record = recall(line, then, config)
                     if record and len(record["seconds"]) > len(known.get(line["id"], {"seconds": ()})["seconds"]):
@@ -1141,11 +1167,12 @@ def one_run(agent: Agent, samples: list[Sample], now: dict[str, str], config: Co
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code: 0, 1 out of memory, 2 for a mistake of the user's, 130 when interrupted."""
     try:
-        configs, lines = zip(*(choose(*part) for part in parse_args(argv)))
+        parts = parse_args(argv)
+        configs, lines = zip(*(choose(*part) for part in parts))
         with ranks() as (rank, world):
             if rank == 0:
                 print(lines[0], flush=True)
-            return work(configs, rank, world)
+            return work(configs, bool(parts[0][1]), rank, world)
     except (ValueError, OSError) as error:              # FileNotFoundError and ConnectionError are OSErrors
         print(f"train.py: error: {evaluate.printable(str(error))}", file=sys.stderr)
         return 2

@@ -129,6 +129,11 @@ def test_filters_of_a_joint_pair(monkeypatch, model, tokenizer, written, filter,
     assert [r.reason for r in rejected] == [reason] * 3 if reason else [p.text for p in pairs] == [call_text((written,))]
 
 
+def test_a_joint_pair_that_ends_after_its_request_is_none(monkeypatch, model, tokenizer):
+    pairs, rejected, _ = write(monkeypatch, model, tokenizer, *[['Cold in Paris?"']] * 3, mode="joint")
+    assert not pairs and {r.reason for r in rejected} == {"no call could be read"}
+
+
 def test_measures_of_text_by_hand():
     assert augment.rouge_l("the cat sat", "the cat sat") == 1 and augment.rouge_l("a b", "c d") == 0
     assert augment.rouge_l("police killed the gunman", "police kill the gunman") == 0.75           # Lin 2004's example

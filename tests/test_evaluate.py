@@ -137,6 +137,8 @@ def test_the_nested_bootstrap_has_the_spread_of_the_samples_and_of_the_seeds():
     same = evaluate.nested_bootstrap(gain.repeat(5, 1))                     # five times the same seed is no more evidence
     assert same.std().item() == pytest.approx(means.std().item(), rel=0.1)
     assert evaluate.nested_bootstrap(torch.ones(3, 7)).unique().tolist() == [1.0]
+    apart = torch.rand(20, 200, generator=torch.Generator().manual_seed(0)).round()         # seeds that are as different as samples
+    assert evaluate.nested_bootstrap(apart).std().item() == pytest.approx((0.5 / 4000 ** 0.5) * 2 ** 0.5, rel=0.2)
 
 
 # -------------------------------------------------------------------------------------------------------- runs compared
@@ -168,6 +170,13 @@ def test_seeds_are_one_group_and_its_figures_are_those_by_hand(runs):
     assert ttsi["interval"][0] < 0.2 < ttsi["interval"][1] and (ttsi["fixed name"], ttsi["fixed format"]) == (3, 0)
     assert (ttsi["uncertain"], ttsi["TPR"], base["acted"]) == (0.7, 1.0, 0)
     assert (ttsi["paper"], base["paper"]) == (72.43, 66.37)
+
+
+@pytest.mark.parametrize("one, other", [({"lr": 1e-4}, {"lr": 1e-3}), ({"teacher": "a"}, {"teacher": "b"}), ({"data": "a.json"}, {"data": "b.json"}),
+                                        ({"model": "x/m"}, {"model": "y/m"})])
+def test_other_settings_are_no_further_seeds_and_a_run_given_twice_is_one(tmp_path, one, other):
+    folders = [write_run(tmp_path / "a", RECORDS, **one), write_run(tmp_path / "b", RECORDS, **other)]
+    assert [group["seeds"] for group in evaluate.compare(evaluate.grouped([*folders, folders[0]]))] == [1, 1]
 
 
 def test_votes_and_pass_at_k_by_hand(runs):

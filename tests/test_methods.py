@@ -218,9 +218,29 @@ def test_without_reset_the_adapter_learns_on_and_answers_everyone_and_goes_on_af
     monkeypatch.undo()
     def plain(records): return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
     assert plain(program(tmp_path / "cut", *flags)) == plain(whole)
+    lines = (tmp_path / "cut" / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut" / "records.jsonl").write_bytes(b"".join(lines[:-2]))      # what these two have taught is nowhere any more
+    program(tmp_path / "cut", *flags, code=2)
     alone = program(tmp_path / "reset", *flags[2:])
     second = trained[1]                                         # what it starts from is another adapter than a fresh one
     assert alone[trained[0]]["losses"] != [] and alone[second]["losses"] != whole[second]["losses"]
+
+
+@pytest.mark.parametrize("options", [{}, {"pairs": "unrelated"}, {"reset": "never"}])
+def test_what_is_cached_of_the_tools_is_always_the_base_models(agent, monkeypatch, options):
+    """Also if nothing stays in the cache, so that a prefix is read when an adapter has been trained."""
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [([Pair("a request", (), "an answer", 3)], []) for s in samples])
+    results = []
+    for size in (2 << 30, 1):
+        forgetful = dataclasses.replace(agent, prefixes=PrefixCaches(agent.model, size), others=tuple(SAMPLES), adapter={})
+        batches = [SAMPLES] if "reset" not in options else [[s] for s in SAMPLES]
+        config = dataclasses.replace(CONFIG, adapt="suffix", vote=True, kl=True, samples=2, **options)
+        results.append([(r.answer, r.sampled, r.kl, r.losses) for batch in batches for r in train.self_improve(forgetful, batch, config)])
+        for key, cache in forgetful.prefixes.caches.items():
+            fresh = PrefixCaches(agent.model).read(key)
+            assert all(train.torch.equal(a, b) for a, b in zip(fresh.keys, cache.keys))
+    assert results[0] == results[1]
 
 
 def test_kl_is_zero_before_training_and_grows_with_it(agent, monkeypatch):
@@ -281,6 +301,17 @@ def test_sft_minimises_the_loss_on_its_split(agent, split, monkeypatch):
     assert loss(train.supervised(agent, config, progress=False)) < 0.7 * loss({})
 
 
+def test_sft_that_was_stopped_while_saving_trains_again_and_one_that_explodes_is_named(tmp_path, monkeypatch, split, capsys):
+    monkeypatch.undo()
+    flags = ("--limit", "2", "--method", "sft", "--train-data", str(split), "--epochs", "1")
+    whole = program(tmp_path / "run", *flags)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").unlink()             # it is written last
+    (tmp_path / "run" / "records.jsonl").write_text("")
+    assert [r["answer"] for r in program(tmp_path / "run", *flags)] == [r["answer"] for r in whole]
+    program(tmp_path / "exploded", *flags, "--lr", "1e30", code=2)
+    assert "sft: the loss is not finite" in capsys.readouterr().err
+
+
 def test_a_training_split_that_holds_test_samples_is_refused(tmp_path, capsys):
     path = data.Path(data.__file__).parent / "samples" / "toolalpaca.json"
     program(tmp_path / "run", "--method", "icl", "--train-data", str(path), code=2)
@@ -311,6 +342,32 @@ def test_a_sweep_finds_what_single_runs_find_and_computes_what_is_shared_once(tm
         assert [r["outcome"] for r in alone] == [r["outcome"] for r in swept]
         for one, other in zip(plain(alone), plain(swept)):
             assert other["losses"] == pytest.approx(one["losses"], abs=1e-5) and other["answer"] == one["answer"]
+
+
+def test_a_sweep_trusts_only_what_this_code_has_computed_and_overwrite_is_anew(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    assessed, real = [], train.assess
+    monkeypatch.setattr(train, "assess", lambda agent, samples, config: assessed.extend(samples) or real(agent, samples, config))
+    flags = ("--limit", "2", "--method", "base")
+    program(tmp_path, *flags, "--sweep", "tau=0.5,0.9")
+    assert len(assessed) == 2
+    program(tmp_path, *flags, "--sweep", "tau=0.5,0.9,0.95")
+    assert len(assessed) == 2
+    program(tmp_path, *flags, "--sweep", "tau=0.5,0.9", "--overwrite")
+    assert len(assessed) == 4
+    facts = train.facts
+    monkeypatch.setattr(train, "facts", lambda *args: {**facts(*args), "code": "another"})
+    program(tmp_path, *flags, "--sweep", "tau=0.5,0.9,0.1")                     # the first two are finished; they go on under another code
+    assert len(assessed) == 6
+    program(tmp_path, *flags, "--sweep", "tau=0.1,0.2")
+    assert len(assessed) == 6
+
+
+def test_a_folder_that_lost_its_configuration_is_not_gone_on_in(tmp_path, capsys):
+    program(tmp_path / "run", "--limit", "1")
+    (tmp_path / "run" / "config.json").unlink()
+    program(tmp_path / "run", "--limit", "1", code=2)
+    assert "records but no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sweep, said", [("nonsense=1,2", "--sweep nonsense"), ("tau", "--sweep tau"), ("k=1,two", "k is to be a int"),

@@ -138,9 +138,23 @@ def test_the_key_goes_to_no_other_host(server, monkeypatch):
     other.http.shutdown()
     with pytest.raises(ValueError, match="unencrypted"):
         RemoteWriter("http://example.org/v1", "big")
-    for url in ("ftp://host/v1", "https://user:word@host/v1", "https:///v1", "https://host/v1?key=1"):
-        with pytest.raises(ValueError, match="--teacher: a URL"):
+    for url in ("ftp://host/v1", "https://user:word@host/v1", "https://:word@host/v1", "https:///v1", "https://host/v1?key=word",
+                "https://host/v1#word", "https://host:word/v1"):
+        with pytest.raises(ValueError, match="--teacher: a URL") as error:
             RemoteWriter(url, "big")
+        assert "word" not in str(error.value)
+
+
+def test_the_key_goes_through_no_proxy_and_a_strange_one_is_not_shown(server, monkeypatch):
+    proxy = Server()
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\r\n")           # as from a file
+    assert ask(server) == PARIS and proxy.seen == [] and server.seen[0][1]["Authorization"] == f"Bearer {KEY}"
+    proxy.http.shutdown()
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\r\nX: y")
+    with pytest.raises(ValueError) as error:
+        ask(server)
+    assert "OPENAI_API_KEY" in str(error.value) and KEY not in str(error.value)
 
 
 def test_a_run_with_such_a_teacher_writes_the_key_nowhere_and_shows_it_no_label(server, tmp_path, capsys):
