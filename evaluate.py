@@ -159,6 +159,12 @@ def read_records(folder: Path) -> list[dict]:
     return list(records.values())
 
 
+def samples_of(config: dict) -> list[Sample]:
+    """All samples of the benchmark that a run's configuration names."""
+    bundled = config["data"] == "bundled"
+    return load(config["bench"], None if bundled else config["data"] or None, offline=config["offline"], bundled=bundled)
+
+
 def digest(samples: Sequence[Sample]) -> str:
     """SHA-256 of the samples with their gold calls: what a run was scored against."""
     return hashlib.sha256(json.dumps([asdict(sample) for sample in samples], sort_keys=True).encode()).hexdigest()
@@ -177,8 +183,7 @@ def parts(record: dict) -> list[tuple[str, dict]]:
 def verify(folder: Path) -> list[str]:
     """What is wrong with a run, in words; nothing if its records are whole, of this data, and scored as they would be now."""
     config, facts, wrong = read_json(folder / "config.json"), read_json(folder / "facts.json"), []
-    bundled = config["data"] == "bundled"
-    samples = load(config["bench"], None if bundled else config["data"] or None, offline=config["offline"], bundled=bundled)
+    samples = samples_of(config)
     records, known = {record["id"]: record for record in read_records(folder)}, {sample.id: sample for sample in samples}
     if facts["config"] != digest_file(folder / "config.json"):
         wrong.append("config.json was changed after the run")
@@ -483,13 +488,12 @@ def points(pair: tuple[float, float]) -> str:
 
 def report(folders: Sequence[Path], markdown: bool = False, rescored: bool = False) -> str:
     """The runs one by one, and where there are several, compared."""
-    text = [table(folders, markdown, rescored)]
-    groups = grouped(folders, rescored)
+    text, groups = [table(folders, markdown, rescored)], grouped(folders, rescored) if len(folders) > 1 else []
     def add(title, rows, columns, notes=""):
         if rows:
             shown = [[name for name, _, _ in columns], *([form(row[key]) for _, key, form in columns] for row in rows)]
             text.append("\n".join(filter(None, [title, *([""] * markdown), grid(shown, markdown), notes])))
-    if len(folders) > 1:
+    if groups:
         which = [("bench", "bench", str), ("run", "name", str)]
         rows = compare(groups)
         add("Gains, in points of accuracy", rows, [*which, ("n", "n", str), ("seeds", "seeds", str), ("uncertain", "uncertain", percent),
@@ -506,8 +510,9 @@ def report(folders: Sequence[Path], markdown: bool = False, rescored: bool = Fal
             "valid", "unique", "distinct-2", "ROUGE-L", "copied values", "tool as direct", "tool as gold")), ("repeats", "repeats", str), ("leaks", "leaks", str),
             *((name, name, plain) for name in ("first loss", "last loss", "largest norm", "non-finite", "KL"))],
             "Shares in percent. ROUGE-L: to the sample's request. repeats: the request again. leaks: gold values in a pair that the request does not hold.")
-        stages = dict.fromkeys(name for row in latency(groups) for name in row if name not in ("bench", "name"))
-        add("Median seconds of each stage, where a sample went through it", [dict.fromkeys(stages, math.nan) | row for row in latency(groups)],
+        rows = latency(groups)
+        stages = dict.fromkeys(name for row in rows for name in row if name not in ("bench", "name"))
+        add("Median seconds of each stage, where a sample went through it", [dict.fromkeys(stages, math.nan) | row for row in rows],
             [*which, *((stage, stage, plain) for stage in stages)])
     return "\n\n".join(text)
 
@@ -515,8 +520,7 @@ def report(folders: Sequence[Path], markdown: bool = False, rescored: bool = Fal
 def rescore(folder: Path) -> list[dict]:
     """The records of a run with the verdicts that its stored texts would be given now; the files stay as they are."""
     config, records = read_json(folder / "config.json"), read_records(folder)
-    bundled = config["data"] == "bundled"
-    samples = {s.id: s for s in load(config["bench"], None if bundled else config["data"] or None, offline=True, bundled=bundled)}
+    samples = {sample.id: sample for sample in samples_of({**config, "offline": True})}
     for record in records:
         if record["id"] not in samples:
             raise ValueError(f"{folder}: {record['id']} is no sample of {config['data'] or config['bench']}: is that the data of the run?")

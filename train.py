@@ -413,7 +413,7 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, record
     if config.method == "tticl":
         learners = [one for one in learners if "answer" not in one[1].seconds]
         if learners:
-            in_context(agent, *zip(*learners), config)                                        #      TT-ICL: nothing is trained
+            prompted(in_context)(agent, *zip(*learners), config)                              #      TT-ICL: nothing is trained
     elif config.reset == "never":                                         #      a batch of one; its adapter learns on and on
         if learners:
             agent.adapter.update(agent.adapter or new_adapters(agent, ["stream"], config))
@@ -519,32 +519,39 @@ def divergence(agent: Agent, params: Params, head: Sequence[int], rest: list[int
     return F.kl_div(base, adapted, log_target=True, reduction="batchmean").item()
 
 
-def in_context(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
-    """TT-ICL: the samples' pairs go into the prompt as turns before the request."""
-    prompts = []
-    for sample, record in zip(samples, records):
-        system, *request = call_prompt(sample)
-        examples = [turn for pair in record.pairs for turn in (call_prompt(with_request(sample, pair["request"]))[1],
-                                                               {"role": "assistant", "content": pair["text"]})]
-        prompts.append([system, *examples, *request])
-    answer_again(agent, prompts, records, config)
+# Without training: another prompt for a sample, as messages. What stands before the request is an example's request and calls.
+
+def in_context(agent: Agent, sample: Sample, record: Record, config: Config) -> list[dict]:
+    """TT-ICL: the sample's pairs as examples."""
+    return with_examples(sample, [(with_request(sample, pair["request"]), pair["text"]) for pair in record.pairs])
 
 
-def ask_again(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+def few_shot(agent: Agent, sample: Sample, record: Record, config: Config) -> list[dict]:
+    """ICL: K examples of the training split, drawn for each sample. Their tools are not shown."""
+    order = torch.randperm(len(agent.training), generator=seeded(config.seed, sample.id, "icl")).tolist()
+    return with_examples(sample, [(shown, call_text(shown.answers)) for shown in (agent.training[i] for i in order[:config.k])])
+
+
+def ask_again(agent: Agent, sample: Sample, record: Record, config: Config) -> list[dict]:
     """The cheapest second look: the direct answer is shown to the model, which is asked once more."""
-    prompts = [[*call_prompt(sample), {"role": "assistant", "content": record.base["text"]}, {"role": "user", "content": ASK_AGAIN}]
-               for sample, record in zip(samples, records)]
-    answer_again(agent, prompts, records, config)
+    return [*call_prompt(sample), {"role": "assistant", "content": record.base["text"]}, {"role": "user", "content": ASK_AGAIN}]
 
 
-def answer_again(agent: Agent, prompts: Sequence[list[dict]], records: Sequence[Record], config: Config) -> None:
-    """Greedy answers of the base model to other prompts, as the records' final answers."""
-    heads, rests = zip(*map(agent.tokenizer.split_chat, prompts))
-    with stage(records, "answer"):
-        answers = answer(agent, rests, [head + rest for head, rest in zip(heads, rests)], config,
-                         KVCache.stack([agent.prefixes.read(head) for head in heads]))
-    for record, (record.answer, record.tokens["answer"]) in zip(records, answers):
-        record.outcome = "adapted"
+def with_examples(sample: Sample, examples: Sequence[tuple[Sample, str]]) -> list[dict]:
+    system, *request = call_prompt(sample)
+    return [system, *(turn for shown, text in examples for turn in (*call_prompt(shown)[1:], {"role": "assistant", "content": text})), *request]
+
+
+def prompted(prompt: Callable[[Agent, Sample, Record, Config], list[dict]]) -> Callable:
+    """The method that answers such prompts greedily, with the base model."""
+    def method(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+        heads, rests = zip(*(agent.tokenizer.split_chat(prompt(agent, *one, config)) for one in zip(samples, records)))
+        with stage(records, "answer"):
+            answers = answer(agent, rests, [head + rest for head, rest in zip(heads, rests)], config,
+                             KVCache.stack([agent.prefixes.read(head) for head in heads]))
+        for record, (record.answer, record.tokens["answer"]) in zip(records, answers):
+            record.outcome = "adapted"
+    return method
 
 
 def vote(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
@@ -593,18 +600,6 @@ ASK_AGAIN = ("You were not sure of this answer. Think again from the start, and 
              "request needs.")
 
 
-def few_shot(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
-    """ICL: K examples of the training split, drawn for each sample, as turns before the request. Their tools are not shown."""
-    prompts = []
-    for sample in samples:
-        order = torch.randperm(len(agent.training), generator=seeded(config.seed, sample.id, "icl")).tolist()
-        shown = [agent.training[i] for i in order[:config.k]]
-        system, *request = call_prompt(sample)
-        prompts.append([system, *(turn for one in shown for turn in (*call_prompt(one)[1:], {"role": "assistant", "content": call_text(one.answers)})),
-                        *request])
-    answer_again(agent, prompts, records, config)
-
-
 def with_sft(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
     """SFT: the answers of the one adapter that `supervised` has trained."""
     for record in records:
@@ -612,7 +607,7 @@ def with_sft(agent: Agent, samples: Sequence[Sample], records: Sequence[Record],
     answer_adapted(agent, samples, records, agent.adapter, replace(config, adapt="full"))     # which is how it was trained
 
 
-def supervised(agent: Agent, config: Config, progress: bool = True) -> Params:
+def supervised(agent: Agent, config: Config) -> Params:
     """One adapter trained on the training split: AdamW, --epochs passes of shuffled batches of --train-batch, the mean loss over
     the answers' tokens, and the schedule and clipping of `fine_tune`."""
     model, tokenizer = agent.model, agent.tokenizer
@@ -623,8 +618,7 @@ def supervised(agent: Agent, config: Config, progress: bool = True) -> Params:
     batches = [order[i:i + config.train_batch] for epoch in range(config.epochs)
                for order in [torch.randperm(len(examples), generator=seeded(config.seed, "sft", epoch)).tolist()]
                for i in range(0, len(order), config.train_batch)]
-    with adapters(model, params, config.alpha) as tensors, tqdm(total=len(batches), unit="step", desc="sft", dynamic_ncols=True,
-                                                                disable=not progress) as bar:
+    with adapters(model, params, config.alpha) as tensors, tqdm(total=len(batches), unit="step", desc="sft", dynamic_ncols=True) as bar:
         optimizer = torch.optim.AdamW(tensors, weight_decay=0.0)
         for step, batch in enumerate(batches):
             rows = [examples[i] for i in batch]
@@ -643,7 +637,7 @@ def supervised(agent: Agent, config: Config, progress: bool = True) -> Params:
     return {name: tuple(t.detach() for t in pair) for name, pair in params.items()}
 
 
-RIVALS = {"vote": vote, "retry": retry, "again": ask_again, "icl": few_shot, "sft": with_sft}
+RIVALS = {"vote": vote, "retry": retry, "again": prompted(ask_again), "icl": prompted(few_shot), "sft": with_sft}
 TRAINED_BEFORE = ("icl", "sft")         # from a training split: they answer every sample, whatever the gate
 
 
@@ -922,14 +916,12 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
 def with_adapter(agent: Agent, config: Config, folder: Path, count: int, rank: int, world: int) -> Agent:
     """The agent with the adapter that it has before its next sample, the first after `count`: that of sft, trained now if the
     run folder does not have it yet, or with --reset never what the samples so far have taught."""
+    agent = replace(agent, training=agent.training[:config.train_limit or None])
     if config.method == "sft":
-        agent = replace(agent, training=agent.training[:config.train_limit or None])
         if rank == 0 and not (folder / "adapter" / "adapter_config.json").is_file():
             save_adapter(folder / "adapter", supervised(agent, config), config.alpha, base_model=config.model)
         wait_for_all(world)
         return replace(agent, adapter=load_adapter(folder / "adapter", agent.model)[0])
-    if config.method == "icl":
-        return replace(agent, training=agent.training[:config.train_limit or None])
     if config.reset == "never" and world > 1:
         raise ValueError("--reset never: one adapter learns from sample to sample, so there can be but one process")
     kept = folder / f"stream-{count}"
@@ -1043,8 +1035,7 @@ def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, st
     """Load samples, tokenizer and model, and their facts; ValueError, FileNotFoundError or ConnectionError in one sentence.
     configs: of one sweep, so they agree in all that is loaded."""
     config = configs[0]
-    bundled = config.data == "bundled"
-    everything = data.load(config.bench, None if bundled else config.data or None, offline=config.offline, bundled=bundled)
+    everything = evaluate.samples_of(asdict(config))
     samples = everything[:config.limit or None]
     folder = TINY if config.model == "tiny" else find_checkpoint(config.model, config.offline)
     if config.model == "tiny":

@@ -298,7 +298,7 @@ def test_sft_minimises_the_loss_on_its_split(agent, split, monkeypatch):
             hidden = agent.model(train.torch.tensor([ids + own]))[0, len(ids) - 1:-1]
             return train.F.cross_entropy(agent.model.logits(hidden), train.torch.tensor(own)).item()
     config = dataclasses.replace(CONFIG, method="sft", train_data=str(split), epochs=4, train_batch=4)
-    assert loss(train.supervised(agent, config, progress=False)) < 0.7 * loss({})
+    assert loss(train.supervised(agent, config)) < 0.7 * loss({})
 
 
 def test_sft_that_was_stopped_while_saving_trains_again_and_one_that_explodes_is_named(tmp_path, monkeypatch, split, capsys):
