@@ -38,7 +38,7 @@ import data
 import evaluate
 from augment import Pair, RemoteWriter, Writer, check_calls, local_writer, request_text, sample_texts, synthesize, with_request
 from data import Sample, call_prompt, call_text
-from data.calls import calls_key, parse_calls
+from data.calls import Call, calls_key, parse_calls
 from lora import TARGETS, Params, adapters, keep_rows, load_adapter, merge_adapter, new_params, save_adapter, targeted
 from model import ContextError, KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, pad, \
     seeded, speculate
@@ -434,7 +434,8 @@ def write_pairs(agent: Agent, todo: Sequence[tuple[Sample, Record]], config: Con
     if lacking := [(sample, record) for sample, record in todo if "pairs" not in record.seconds]:
         with stage([record for _, record in lacking], "pairs"):
             if config.pairs == "gold":
-                written = [([Pair(request_text(sample), sample.answers, call_text(sample.answers))], []) for sample, _ in lacking]
+                written = [([Pair(request_text(sample), sample.answers, in_form_of(record.base["text"], sample.answers))], [])
+                           for sample, record in lacking]
             else:                                                         # TT-D: a stronger model writes them
                 writer = agent.teacher if config.teacher else local_writer(agent.model, agent.tokenizer, agent.prefixes)
                 written = synthesize(writer, [subject(agent, sample, config) for sample, _ in lacking], config.k, config.pair,
@@ -443,6 +444,14 @@ def write_pairs(agent: Agent, todo: Sequence[tuple[Sample, Record]], config: Con
             record.pairs, record.rejected = [asdict(p) for p in pairs], [asdict(r) for r in rejected]
     for _, record in todo:
         record.outcome = "adapted" if record.pairs else "no pair"
+
+
+def in_form_of(text: str, calls: tuple[Call, ...]) -> str:
+    """Calls as a model writes them that wrote `text`."""
+    # ours: gold calls are trained without the tags if the model writes none. Learning both, the tags and the calls, from one
+    # pair, the 0.5B learnt neither: it went on with further calls.
+    lines = call_text(calls).splitlines()
+    return "\n".join(lines if "<tool_call>" in text else [line for line in lines if line not in ("<tool_call>", "</tool_call>")])
 
 
 def subject(agent: Agent, sample: Sample, config: Config) -> Sample:

@@ -171,7 +171,13 @@ def test_gold_trains_on_the_samples_own_request_and_calls(agent, monkeypatch):
     records = train.self_improve(agent, SAMPLES, config)
     for sample, (example,), record in zip(SAMPLES, seen, records):
         assert example[0] == agent.tokenizer.chat(call_prompt(sample))
-        assert agent.tokenizer.decode(example[1][:-1]) == call_text(sample.answers) == record.pairs[0]["text"]
+        assert agent.tokenizer.decode(example[1][:-1]) == train.in_form_of(record.base["text"], sample.answers) == record.pairs[0]["text"]
+
+
+def test_gold_is_written_as_the_model_writes():
+    calls = (Call("f", {"x": "<tool_call>"}), Call("g", {}))
+    assert train.in_form_of("<tool_call>\n{}", calls) == call_text(calls)
+    assert train.in_form_of('{"name": "f"}', calls) == '{"name": "f", "arguments": {"x": "<tool_call>"}}\n{"name": "g", "arguments": {}}'
 
 
 def test_unrelated_pairs_are_those_of_another_sample(agent, monkeypatch):
