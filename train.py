@@ -699,12 +699,12 @@ def recall(line: dict, then: Config, now: Config) -> dict | None:
     wrote = g == g_now and then.method in writes and now.method in writes and then.reset == "sample" and "pairs" in line["seconds"]
     learnt = wrote and t == t_now and line["outcome"] == "adapted"
     record = asdict(Record(line["id"])) | {name: line[name] for name in ("request", "margin", "gate", "scores", "candidates")}
+    def text(part): return {"text": part["text"]} if part else {}
+    record |= {"base": text(line["base"]), "answer": text(line["answer" if learnt else "base"])}
     record |= {name: line[name] for name in ("pairs", "rejected") if wrote}
-    record |= {name: line[name] for name in ("losses", "norms", "kl") if learnt}
-    for name in ("base", "answer", "vote"):
-        part = line[name if learnt or name == "vote" else "base"]
-        record[name] = {"text": part["text"]} if part and (learnt or name != "vote") else {}
-    record["sampled"] = [{"text": part["text"]} for part in line["sampled"]] if learnt else []
+    if learnt:
+        record |= {name: line[name] for name in ("losses", "norms", "kl")}
+        record |= {"vote": text(line["vote"]), "sampled": list(map(text, line["sampled"]))}
     stages = (*H_STAGES, *["pairs"] * wrote, *["train", "answer", "sampled"] * learnt)
     for name in ("seconds", "tokens"):
         record[name] = {stage: value for stage, value in line[name].items() if stage in stages}
