@@ -333,7 +333,7 @@ FREE = ("limit", "batch", "checkpointing", "out", "device", "offline", "verbose"
 def grouped(folders: Sequence[Path], rescored: bool = False) -> list[dict]:
     """The runs that differ in nothing but their seed, together: benchmark, name (the options that differ among the runs at
     hand), configuration, and the runs' records, which are about the same samples."""
-    runs = [(config, records) for folder in folders
+    runs = [({name: value for name, value in config.items() if value not in ("", False)}, records) for folder in folders
             for config, records in [(read_json(folder / "config.json"), rescore(folder) if rescored else read_records(folder))] if records]
     tasks = {json.dumps([config.get("bench"), config.get("model")]) for config, _ in runs}
     def differ(name):           # within a benchmark and a model, or among them; the learning rate has another default for each model
@@ -342,8 +342,8 @@ def grouped(folders: Sequence[Path], rescored: bool = False) -> list[dict]:
     varied = [name for name in dict.fromkeys(name for config, _ in runs for name in config)
               if name not in (*FREE, "seed", "bench", "method") and differ(name)]
     groups: dict[str, dict] = {}
-    for config, records in runs:
-        said = [str(config.get("method", "run")), *(f"{name} {Path(str(config[name])).name}" for name in varied if config.get(name) not in (None, ""))]
+    for config, records in runs:                        # an option that is off, and one that this run's version did not have, are alike
+        said = [str(config.get("method", "run")), *(f"{name} {Path(str(config[name])).name}" for name in varied if name in config)]
         said += ["(uses labels)"] if config.get("gate") == "oracle" or config.get("pairs") == "gold" else []
         key = json.dumps({name: value for name, value in config.items() if name not in (*FREE, "seed")}, sort_keys=True)
         bench = config.get("bench", "") + (", bundled" if config.get("data") == "bundled" else "")
