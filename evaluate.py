@@ -333,7 +333,7 @@ FREE = ("limit", "batch", "checkpointing", "out", "device", "offline", "verbose"
 def grouped(folders: Sequence[Path], rescored: bool = False) -> list[dict]:
     """The runs that differ in nothing but their seed, together: benchmark, name (the options that differ among the runs at
     hand), configuration, and the runs' records, which are about the same samples."""
-    runs = [({name: value for name, value in config.items() if value not in ("", False)}, records) for folder in folders
+    runs = [({name: value for name, value in config.items() if value != "" and value is not False}, records) for folder in folders
             for config, records in [(read_json(folder / "config.json"), rescore(folder) if rescored else read_records(folder))] if records]
     tasks = {json.dumps([config.get("bench"), config.get("model")]) for config, _ in runs}
     def differ(name):           # within a benchmark and a model, or among them; the learning rate has another default for each model
