@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as BPE
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -248,6 +247,8 @@ class Qwen2(nn.Module):
                                f"{self.config.max_position_embeddings} (max_position_embeddings)")
         x = self.model.embed_tokens(ids)
         cos, sin = rotary_angles(positions, self.config)
+        if self.checkpointing:
+            from torch.utils.checkpoint import checkpoint               # only here: to import it takes time, and warns without NumPy
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():          # twice through a block, so each on a fork that is dropped
                 x = checkpoint(lambda x, block=block: block(x, cos, sin, mask, cache.fork()), x, use_reentrant=False)
