@@ -11,12 +11,15 @@ import hashlib
 import json
 import math
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, median, stdev
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")      # which torch says on import where it is not installed: nothing here needs it
 
 import torch
 

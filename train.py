@@ -22,12 +22,15 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
+
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")      # which torch says on import where it is not installed: nothing here needs it
 
 import torch
 import torch.distributed as dist
