@@ -17,9 +17,9 @@ from collections.abc import Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import fmean, median, stdev
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")      # which torch says on import where it is not installed: nothing here needs it
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")      # torch's, on import where it is not installed: it is not needed
 
 import torch
 
@@ -217,10 +217,15 @@ DROPPED = {     # outcomes of an adaptation that was not to be had, after which 
     "too long": "exceeded the model's context; the direct answers stand"}
 
 
+def mean(values: Iterable[float]) -> float:
+    """The mean; NaN of nothing."""
+    values = list(values)
+    return fmean(values) if values else math.nan
+
+
 def summarise(records: Sequence[dict]) -> dict:
     """What a run comes to: counts, accuracies as shares in [0, 1], and the seconds of each stage, summed."""
     n = len(records)
-    def mean(values): return sum(values) / n if n else math.nan
     right = [(r["base"]["exact"], r["answer"]["exact"]) for r in records]
     seconds = Counter()
     for record in records:
@@ -248,12 +253,23 @@ COLUMNS = (("run", None), ("n", "n"), ("uncertain", "uncertain"), ("adapted", "a
            ("parsed", "answer_parsed"), ("s/sample", "pace"))
 
 
-def table(folders: Sequence[Path], markdown: bool = False, rescored: bool = False) -> str:
+Run = tuple[Path, dict, list[dict]]      # a run's folder, configuration and records
+
+
+def read_runs(folders: Sequence[Path], rescored: bool = False) -> list[Run]:
+    return [(folder, read_json(folder / "config.json"), rescore(folder) if rescored else read_records(folder)) for folder in folders]
+
+
+def uses_labels(config: dict) -> bool:
+    """Whether a run's answers owe something to the gold calls."""
+    return config.get("gate") == "oracle" or config.get("pairs") == "gold"
+
+
+def table(runs: Sequence[Run], markdown: bool = False) -> str:
     """One line a run, under it what may be compared with it; accuracies in percent, by the `exact` rule."""
     rows, notes = [[name for name, _ in COLUMNS]], {}      # notes: text -> the runs that it is about
     def note(text): notes.setdefault(text, []).append(printable(folder.name))
-    for folder in folders:
-        config, records = read_json(folder / "config.json"), rescore(folder) if rescored else read_records(folder)
+    for folder, config, records in runs:
         summary = summarise(records)
         if summary["n"] == 0:
             note("no finished sample yet")
@@ -271,7 +287,7 @@ def table(folders: Sequence[Path], markdown: bool = False, rescored: bool = Fals
             note(f"the paper, with Qwen2.5-1.5B-Instruct and 5 seeds: gain +{PAPER_GAIN[config['bench']]:.2f}"
                          + (f" ({PAPER_SEALTOOL})" if config["bench"] == "sealtool" else ""))
         if summary["k"]:
-            voted = mean_of(r["vote"]["exact"] for r in records if r.get("vote"))
+            voted = mean(r["vote"]["exact"] for r in records if r.get("vote"))
             note(f"pass@{summary['k']} {100 * summary['pass_at_k']:.1f}, any of the sampled answers being right; their majority, where "
                  f"sampled, {percent(voted)}")
         if config.get("tau") == "auto" or config.get("budget"):
@@ -281,9 +297,9 @@ def table(folders: Sequence[Path], markdown: bool = False, rescored: bool = Fals
                 note(f"{count} adaptations {what}")
         if summary["reachable"] < 1:
             note(f"at most {summary['reachable']:.1%} can be reached: elsewhere a gold call's tool is not offered")
-        if config.get("gate") == "oracle" or config.get("pairs") == "gold":
+        if uses_labels(config):
             note("uses labels")
-    return "\n".join([grid(rows, markdown), *(f"{', '.join(names) if len(names) < len(folders) or len(names) == 1 else 'all runs'}: {text}"
+    return "\n".join([grid(rows, markdown), *(f"{', '.join(names) if len(names) < len(runs) or len(names) == 1 else 'all runs'}: {text}"
                                               for text, names in notes.items())])
 
 
@@ -333,11 +349,11 @@ def pass_at(k: int, drawn: int, right: int) -> float:
 FREE = ("limit", "batch", "checkpointing", "out", "device", "offline", "verbose", "overwrite")     # options that change no result
 
 
-def grouped(folders: Sequence[Path], rescored: bool = False) -> list[dict]:
+def grouped(runs: Sequence[Run]) -> list[dict]:
     """The runs that differ in nothing but their seed, together: benchmark, name (the options that differ among the runs at
     hand), configuration, and the runs' records, which are about the same samples."""
-    runs = [({name: value for name, value in config.items() if value != "" and value is not False}, records) for folder in folders
-            for config, records in [(read_json(folder / "config.json"), rescore(folder) if rescored else read_records(folder))] if records]
+    # an option that is off, and one that this run's version did not have, are alike
+    runs = [({name: value for name, value in config.items() if value != "" and value is not False}, records) for _, config, records in runs if records]
     tasks = {json.dumps([config.get("bench"), config.get("model")]) for config, _ in runs}
     def differ(name):           # within a benchmark and a model, or among them; the learning rate has another default for each model
         values = {task: {json.dumps(c.get(name)) for c, _ in runs if json.dumps([c.get("bench"), c.get("model")]) == task} for task in tasks}
@@ -345,9 +361,9 @@ def grouped(folders: Sequence[Path], rescored: bool = False) -> list[dict]:
     varied = [name for name in dict.fromkeys(name for config, _ in runs for name in config)
               if name not in (*FREE, "seed", "bench", "method") and differ(name)]
     groups: dict[str, dict] = {}
-    for config, records in runs:                        # an option that is off, and one that this run's version did not have, are alike
+    for config, records in runs:
         said = [str(config.get("method", "run")), *(f"{name} {Path(str(config[name])).name}" for name in varied if name in config)]
-        said += ["(uses labels)"] if config.get("gate") == "oracle" or config.get("pairs") == "gold" else []
+        said += ["(uses labels)"] * uses_labels(config)
         key = json.dumps({name: value for name, value in config.items() if name not in (*FREE, "seed")}, sort_keys=True)
         bench = config.get("bench", "") + (", bundled" if config.get("data") == "bundled" else "")
         group = groups.setdefault(key, {"bench": bench, "name": " ".join(said), "config": config, "runs": {}})
@@ -374,12 +390,12 @@ def compare(groups: Sequence[dict]) -> list[dict]:
         low, high = interval(nested_bootstrap(gain)) if gain.any() else (0.0, 0.0)
         method, gate, pairs, tau = (config.get(key) for key in ("method", "gate", "pairs", "tau"))
         ours = config.get("k", 1) != 1 or config.get("reset", "sample") != "sample" or config.get("adapt", "full") != "full"
-        published = math.nan if ours and method != "base" else next((PAPER[key] for key in ((group["bench"], method, gate, pairs, tau), (group["bench"], method, gate, pairs),
-                                                 (group["bench"], method)) if key in PAPER), math.nan)
+        keys = [] if ours and method != "base" else [(group["bench"], method, *rest) for rest in ((gate, pairs, tau), (gate, pairs), ())]
+        published = next((PAPER[key] for key in keys if key in PAPER), math.nan)
         acted = [r for run in runs for r in run if r.get("acted", r["uncertain"]) and method != "base"]
-        draw = mean_of(r["seconds"]["sampled"] / len(r["sampled"]) if r["sampled"] and "sampled" in r["seconds"] else r["seconds"].get("base", 0.0)
+        draw = mean(r["seconds"]["sampled"] / len(r["sampled"]) if r["sampled"] and "sampled" in r["seconds"] else r["seconds"].get("base", 0.0)
                        for run in runs for r in run)
-        extra = mean_of(sum(s for stage, s in r["seconds"].items() if stage in (
+        extra = mean(sum(s for stage, s in r["seconds"].items() if stage in (
             "pairs", "train", "answer", *(["sampled"] if method in ("vote", "retry") else []))) for r in acted)
         rows.append({
             "bench": group["bench"], "name": group["name"], "n": n, "seeds": len(runs),
@@ -388,7 +404,7 @@ def compare(groups: Sequence[dict]) -> list[dict]:
             "after": spread([mean(r["answer"]["exact"] for r in run) for run in runs]), "gain": gain.double().mean().item(),
             "interval": (low, high), "fixed": sum(fixed), "harmed": sum(harmed), "p": median(map(mcnemar, fixed, harmed)),
             "detectable": detectable(n), "uncertain": mean(r["uncertain"] for run in runs for r in run),
-            "acted": len(acted) / n / len(runs), "TPR": mean_of(r.get("acted", r["uncertain"]) for r in wrong),
+            "acted": len(acted) / n / len(runs), "TPR": mean(r.get("acted", r["uncertain"]) for r in wrong),
             **{f"fixed {kind}": kinds[kind] for kind in ("format", "name", "argument")}, "seconds": mean(sum(r["seconds"].values()) for run in runs for r in run),
             "tokens": mean(sum(r.get("tokens", {}).values()) for run in runs for r in run), "extra seconds": extra,
             "draws": extra / draw if draw else math.nan, "paper": published})
@@ -397,12 +413,6 @@ def compare(groups: Sequence[dict]) -> list[dict]:
         for row, p in zip(same, holm([row["p"] for row in same])):
             row["holm"] = p
     return rows
-
-
-def mean_of(values: Iterable[float]) -> float:
-    """The mean; NaN of nothing."""
-    values = list(values)
-    return mean(values) if values else math.nan
 
 
 def kind_of(reason: str) -> str:
@@ -445,15 +455,15 @@ def describe_pairs(groups: Sequence[dict]) -> list[dict]:
         rows.append({
             "bench": group["bench"], "name": group["name"], "pairs": len(pairs), "valid": len(pairs) / (len(pairs) + sum(len(r["rejected"]) for r in records)),
             "unique": len(set(requests)) / len(requests), "distinct-2": distinct_2(requests),
-            "ROUGE-L": mean(rouge_l(pair["request"], r["request"]) for r, pair in pairs), "copied values": mean_of(values),
+            "ROUGE-L": mean(rouge_l(pair["request"], r["request"]) for r, pair in pairs), "copied values": mean(values),
             "tool as direct": mean(names(pair["calls"]) == names([asdict(c) for c in parse_calls(r["base"]["text"]).calls]) for r, pair in pairs),
             "tool as gold": mean(names(pair["calls"]) == names(gold_calls(r)) for r, pair in pairs),
             "repeats": sum(pair["request"].casefold() in r["request"].casefold() for r, pair in pairs), "leaks": len(leaks),
             "rejected": dict(Counter(j["reason"].partition(":")[0] for r in records for j in r["rejected"]).most_common()),
-            "first loss": mean_of(own[0] for own in losses), "last loss": mean_of(own[-1] for own in losses if math.isfinite(own[-1])),
+            "first loss": mean(own[0] for own in losses), "last loss": mean(own[-1] for own in losses if math.isfinite(own[-1])),
             "largest norm": max((norm for r in records for norm in r.get("norms", [])), default=math.nan),
             "non-finite": sum(r["outcome"] == "non-finite" for r in records),
-            "KL": mean_of(r["kl"] for r in records if r.get("kl") is not None)})
+            "KL": mean(r["kl"] for r in records if r.get("kl") is not None)})
     return rows
 
 
@@ -489,9 +499,9 @@ def points(pair: tuple[float, float]) -> str:
     return f"[{100 * pair[0]:+.1f}, {100 * pair[1]:+.1f}]"
 
 
-def report(folders: Sequence[Path], markdown: bool = False, rescored: bool = False) -> str:
+def report(runs: Sequence[Run], markdown: bool = False) -> str:
     """The runs one by one, and where there are several, compared."""
-    text, groups = [table(folders, markdown, rescored)], grouped(folders, rescored) if len(folders) > 1 else []
+    text, groups = [table(runs, markdown)], grouped(runs) if len(runs) > 1 else []
     def add(title, rows, columns, notes=""):
         if rows:
             shown = [[name for name, _, _ in columns], *([form(row[key]) for _, key, form in columns] for row in rows)]
@@ -776,13 +786,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.uncertainty or args.plot:
             return 0
         if args.json:
-            groups = grouped(args.runs, args.rescore)
-            runs = {str(folder): summarise(rescore(folder) if args.rescore else read_records(folder)) for folder in args.runs}
-            print(json.dumps(without_nan({"runs": runs, "gains": compare(groups), "votes": votes(groups), "pairs": describe_pairs(groups),
+            runs = read_runs(args.runs, args.rescore)
+            groups = grouped(runs)
+            print(json.dumps(without_nan({"runs": {str(folder): summarise(records) for folder, _, records in runs}, "gains": compare(groups), "votes": votes(groups), "pairs": describe_pairs(groups),
                                           "seconds": latency(groups)}), indent=1))
             return 0
         if args.sample is None:
-            print(report(args.runs, args.markdown, args.rescore))
+            print(report(read_runs(args.runs, args.rescore), args.markdown))
             return 0
         for folder in args.runs:
             records = {record["id"]: record for record in read_records(folder)}

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as BPE
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,8 @@ class Qwen2(nn.Module):
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None, valid: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states (B, T, D) after the last norm of the tokens `ids` (B, T), which follow what `cache` holds.
 
-        The cache grows by T slots (but not while checkpointing, when nobody reads it afterwards). valid: (B, T) bool, False at padding; None if there is none. Raises ValueError when
-        the tokens do not fit the model's context.
+        The cache grows by T slots, but not while checkpointing, when nobody reads it afterwards. valid: (B, T) bool, False at
+        padding; None if there is none. Raises ValueError when the tokens do not fit the model's context.
         """
         cache = self.new_cache() if cache is None else cache
         positions, mask = place(cache, ids, valid)
@@ -247,8 +248,6 @@ class Qwen2(nn.Module):
                                f"{self.config.max_position_embeddings} (max_position_embeddings)")
         x = self.model.embed_tokens(ids)
         cos, sin = rotary_angles(positions, self.config)
-        if self.checkpointing:
-            from torch.utils.checkpoint import checkpoint               # only here: to import it takes time, and warns without NumPy
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():          # twice through a block, so each on a fork that is dropped
                 x = checkpoint(lambda x, block=block: block(x, cos, sin, mask, cache.fork()), x, use_reentrant=False)

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 
-warnings.filterwarnings("ignore", "Failed to initialize NumPy")      # which torch says on import where it is not installed: nothing here needs it
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")      # torch's, on import where it is not installed: it is not needed
 
 import torch
 import torch.distributed as dist
@@ -302,8 +302,7 @@ def answer(agent: Agent, prompts: Sequence[list[int]], contexts: Sequence[Sequen
     """Greedy decoding of the answers to prompts, which continue `cache`, by adapters where there are any; and their lengths.
     contexts: the prompts with what the cache holds, in tokens."""
     eos, limit = agent.tokenizer.eos, config.max_new_tokens
-    # Look-up halves the passes (measured: 1.9 tokens a pass). A pass over 7 tokens costs what one does where launching costs most: 1.5x
-    # faster with the bundled model; but 2.7x of one where a CPU multiplies: 0.8x with the 0.5B in float32. On a GPU it is not measured.
+    # On a CPU look-up pays with small models only: RATIOS (tests/benchmark.py). On a GPU it is not measured.
     if len(prompts) == 1 and (agent.model.device.type == "cuda" or agent.model.config.hidden_size <= 512):
         rows = [speculate(agent.model, prompts[0], eos, limit, cache, contexts[0], watch)]
     else:
@@ -758,7 +757,7 @@ def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
         other = [f"{name} is {before.get(name)!r} there, {value!r} now" for name, value in asdict(config).items()
                  if name not in free and before.get(name) != value]
         then = evaluate.read_json(folder / "facts.json") if (folder / "facts.json").is_file() else now
-        other += [f"the {name} changed" for name in ("data", "weights", "teacher", "training") if then.get(name) != now.get(name)]
+        other += [f"the {name} changed" for name in ("data", "weights", *USES) if then.get(name) != now.get(name)]
         if other:
             raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(other)}): choose another --out, "
                              "or start it anew with --overwrite")
@@ -1033,14 +1032,13 @@ def choose(config: Config, part: str = "") -> tuple[Config, str]:
         model, why = "tiny", "no CUDA device was found; --model changes it"
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
     source = "bundled" if model == "tiny" and not config.data else config.data
-    called = "the bundled tiny model" if model == "tiny" else model
+    name = "the bundled tiny model" if model == "tiny" else model
     samples = "bundled samples (this project's own, not the benchmark; --data FILE runs the real one)" if source == "bundled" \
         else "the real samples" + (f" in {source}" if source else "")
-    name = "sweep" if part else f"{config.method}-s{config.seed}"
-    out = str(Path(config.out or f"runs/{config.bench}-{Path(model).name}-{name}", part))
-    chosen = {**asdict(config), "model": model, "device": device, "dtype": dtype, "data": source, "out": out,
+    out = config.out or f"runs/{config.bench}-{Path(model).name}-" + ("sweep" if part else f"{config.method}-s{config.seed}")
+    chosen = {**asdict(config), "model": model, "device": device, "dtype": dtype, "data": source, "out": str(Path(out, part)),
               "lr": config.lr or (TINY_LR if model == "tiny" else 1e-4)}
-    return Config(**chosen), f"{config.bench}: {called} ({why}) on {samples}; {device}, {dtype}"
+    return Config(**chosen), f"{config.bench}: {name} ({why}) on {samples}; {device}, {dtype}"
 
 
 def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, str]]:
@@ -1081,7 +1079,7 @@ def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, st
             agent = replace(agent, teacher=writer)
     if path := max(each.train_data for each in configs):
         agent = replace(agent, training=tuple(data.load(config.bench, path)))
-        found["training"] = evaluate.digest(agent.training)
+        found["train_data"] = evaluate.digest(agent.training)
         if shared := {json.dumps(s.messages) for s in agent.training} & {json.dumps(s.messages) for s in everything}:
             raise ValueError(f"--train-data {path}: {len(shared)} of its requests are test samples")
     return agent, samples, found
@@ -1112,17 +1110,25 @@ def work(configs: Sequence[Config], sweep: bool, rank: int, world: int) -> int:
         if code := one_run(agent, samples, now, config, list(beside) if sweep else [], rank, world):
             return code
     if rank == 0:
-        print(evaluate.report([Path(config.out) for config in configs]))
+        print(evaluate.report(evaluate.read_runs([Path(config.out) for config in configs])))
         print(closing_line(evaluate.read_records(Path(config.out)), Path(config.out)))
     return 0
 
 
-def finished(folders: Sequence[Path], now: dict[str, str]) -> Iterator[tuple[Config, list[dict]]]:
-    """Those of the runs that have ended, of the same samples, weights and code: what a sweep has computed, now or before."""
+def known_from(folders: Sequence[Path], now: dict[str, str], config: Config) -> dict[str, dict]:
+    """The most that is known of each sample from those of the runs that have ended, of the same samples, weights and code:
+    what a sweep has computed, now or before."""
+    known: dict[str, dict] = {}
     for folder in sorted(folders):
         facts = evaluate.read_json(folder / "facts.json") if (folder / "facts.json").is_file() else {}
-        if "weights_after" in facts and all(facts[key] == now.get(key) for key in ("data", "weights", "code", "torch", "teacher") if key in facts):
-            yield Config(**evaluate.read_json(folder / "config.json")), evaluate.read_records(folder)
+        if "weights_after" not in facts or any(facts.get(key, now.get(key)) != now.get(key) for key in ("data", "weights", "code", "torch", "teacher")):
+            continue
+        then = Config(**evaluate.read_json(folder / "config.json"))
+        for line in evaluate.read_records(folder):
+            record = recall(line, then, config)
+            if record and len(record["seconds"]) > len(known.get(line["id"], {"seconds": ()})["seconds"]):
+                known[line["id"]] = record
+    return known
 
 
 def one_run(agent: Agent, samples: list[Sample], now: dict[str, str], config: Config, beside: Sequence[Path], rank: int, world: int) -> int:
@@ -1130,20 +1136,13 @@ def one_run(agent: Agent, samples: list[Sample], now: dict[str, str], config: Co
     folder = Path(config.out)
     with locked(folder) if rank == 0 else nullcontext():
         if rank == 0:
-            open_run(folder, config, {key: value for key, value in now.items()
-                                      if not (key == "teacher" and not config.teacher or key == "training" and not config.train_data)})
+            open_run(folder, config, {key: value for key, value in now.items() if key not in USES or getattr(config, key)})
             if done := len(evaluate.read_records(folder)):
                 print(f"{folder}: going on after {done} finished samples (--overwrite starts anew)")
         interrupted = False
         try:
             wait_for_all(world)
-            known = {}
-            for then, lines in finished([other for other in beside if other != folder], now):
-                for line in lines:
-                    record = recall(line, then, config)
-                    if record and len(record["seconds"]) > len(known.get(line["id"], {"seconds": ()})["seconds"]):
-                        known[line["id"]] = record
-            run(agent, samples, config, folder, rank, world, known)
+            run(agent, samples, config, folder, rank, world, known_from([other for other in beside if other != folder], now, config))
             if fingerprint(agent.model) != now["weights"]:
                 raise ValueError("the base weights have changed during the run: its records are not to be trusted")
             wait_for_all(world)
@@ -1160,7 +1159,7 @@ def one_run(agent: Agent, samples: list[Sample], now: dict[str, str], config: Co
         if records:
             write_json(folder / "summary.json", evaluate.summarise(records))
         if interrupted:
-            print(evaluate.report([folder]) if records else "")
+            print(evaluate.report(evaluate.read_runs([folder])) if records else "")
             print(f"Interrupted after {len(records)} of {len(samples)} samples: the same command goes on from here"
                   + (" (without --overwrite)." if config.overwrite else "."))
             return 130

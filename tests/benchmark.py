@@ -26,7 +26,7 @@ import train
 from augment import LABELS, PAIR_START, pair_prompt, request_text, sample_texts
 from data import call_prompt, call_text
 from lora import adapters, new_params
-from model import KVCache, ModelConfig, PrefixCaches, Qwen2, Tokenizer, generate, load_model, seeded
+from model import KVCache, ModelConfig, PrefixCaches, Qwen2, Tokenizer, generate, load_model, seeded, speculate
 from uncertainty import ANSWER_START, score_candidates
 
 SIZES = {   # hidden, feed-forward, layers, heads, key/value heads, tied embedding, vocabulary
@@ -94,6 +94,7 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
         clock("score", len(rest) + sum(len(tokenizer.encode(name)) for name in names),
               lambda: (model(torch.tensor([rest[:-1]], device=model.device), cache), score_candidates(model, tokenizer, cache, rest[-1:], names)))
     clock("direct answer", NEW, lambda: generate(model, [rest[-1:]], nothing, NEW, cache))
+    clock("the same by look-up", NEW, lambda: speculate(model, rest[-1:], nothing, NEW, cache, head + rest))
     ask = tokenizer.split_chat(pair_prompt(sample))[1] + tokenizer.encode(PAIR_START.format(request=request_text(sample)))
 
     def pair():
@@ -218,7 +219,7 @@ def main() -> None:
     print(f"{'stage':24}{'ours, s':>10}{'plain, s':>10}{'ratio':>8}{'tokens/s':>10}{'of the ceiling':>16}")
     for stage, spent in (here.seconds or there.seconds).items():
         tokens = (here if here.seconds else there).tokens[stage]
-        writes = stage in ("direct answer", "pair") or stage.startswith("adapted")
+        writes = stage in ("direct answer", "the same by look-up", "pair") or stage.startswith("adapted")
         share = size * tokens / spent / bandwidth if writes else (6 if "train" in stage else 2) * weights * tokens / spent / flops
         other = there.seconds.get(stage)
         print(f"{stage:24}{spent:10.3f}{f'{other:10.3f}{other / spent:7.1f}x' if other else ' ' * 10 + ' ' * 8}{tokens / spent:10.1f}{share:15.0%}")

@@ -49,18 +49,18 @@ def test_no_records_are_no_number():
 
 
 def test_the_table_has_before_after_and_the_papers_figure(folder):
-    text = table([folder])
+    text = table(evaluate.read_runs([folder]))
     assert "+20.0" in text and "40.0" in text and "60.0" in text and "66.37 -> 72.43" in text
 
 
 def test_bundled_samples_are_never_set_beside_the_papers_figures(folder):
     (folder / "config.json").write_text(json.dumps({"bench": "sealtool", "data": "bundled", "tau": 0.95}))
-    assert "bundled samples" in table([folder]) and "66.37" not in table([folder])
+    assert "bundled samples" in table(evaluate.read_runs([folder])) and "66.37" not in table(evaluate.read_runs([folder]))
 
 
 def test_what_no_method_can_reach_is_said(folder):
     (folder / "records.jsonl").write_text(json.dumps(record("a", False, False) | {"reachable": False}) + "\n")
-    assert "at most 0.0% can be reached" in table([folder])
+    assert "at most 0.0% can be reached" in table(evaluate.read_runs([folder]))
 
 
 def test_a_story_has_all_that_happened():
@@ -162,7 +162,7 @@ def runs(tmp_path):
 
 
 def test_seeds_are_one_group_and_its_figures_are_those_by_hand(runs):
-    ttsi, base = evaluate.compare(evaluate.grouped(runs))
+    ttsi, base = evaluate.compare(evaluate.grouped(evaluate.read_runs(runs)))
     assert (ttsi["name"], ttsi["n"], ttsi["seeds"], base["name"], base["seeds"]) == ("ttsi", 5, 2, "base", 1)
     assert (ttsi["base"], ttsi["after"]["mean"], ttsi["gain"], ttsi["fixed"], ttsi["harmed"]) == (0.4, 0.6, pytest.approx(0.2), 3, 1)
     assert ttsi["after"]["sd"] == 0.0 and math.isnan(base["after"]["sd"])
@@ -176,11 +176,11 @@ def test_seeds_are_one_group_and_its_figures_are_those_by_hand(runs):
                                         ({"model": "x/m"}, {"model": "y/m"})])
 def test_other_settings_are_no_further_seeds_and_a_run_given_twice_is_one(tmp_path, one, other):
     folders = [write_run(tmp_path / "a", RECORDS, **one), write_run(tmp_path / "b", RECORDS, **other)]
-    assert [group["seeds"] for group in evaluate.compare(evaluate.grouped([*folders, folders[0]]))] == [1, 1]
+    assert [group["seeds"] for group in evaluate.compare(evaluate.grouped(evaluate.read_runs([*folders, folders[0]])))] == [1, 1]
 
 
 def test_votes_and_pass_at_k_by_hand(runs):
-    row, = evaluate.votes(evaluate.grouped(runs))
+    row, = evaluate.votes(evaluate.grouped(evaluate.read_runs(runs)))
     assert row["vote"]["mean"] == pytest.approx(2 / 5) and row["k"] == 5
     assert row["pass@1"]["mean"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 25) and row["pass@k"]["mean"] == pytest.approx(4 / 5)
 
@@ -190,7 +190,7 @@ def test_the_pairs_by_hand(tmp_path):
     records = [{**record("a", False, True), "request": "Is it warm in Rome? 5", "gold": '{"name": "f", "arguments": {"city": "Oslo"}}',
                 "base": {**part(False), "text": '{"name": "g", "arguments": {}}'}, "pairs": [pair], "norms": [2.0, 9.0], "kl": 0.5},
                {**record("b", False, True), "pairs": [{**pair, "request": "What?"}]}]
-    row, = evaluate.describe_pairs(evaluate.grouped([write_run(tmp_path / "run", records)]))
+    row, = evaluate.describe_pairs(evaluate.grouped(evaluate.read_runs([write_run(tmp_path / "run", records)])))
     assert (row["pairs"], row["valid"], row["unique"], row["repeats"]) == (2, 0.5, 1.0, 1)      # "What?" is the second's own request
     assert row["ROUGE-L"] == pytest.approx((2 * 3 / 11 + 1) / 2)                                # is it _ in, of 5 and 6 words
     assert (row["copied values"], row["tool as gold"], row["tool as direct"]) == (0.25, 0.5, 0.0)

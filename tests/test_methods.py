@@ -24,7 +24,7 @@ def agent() -> Agent:
     return Agent(model, Tokenizer(TINY), PrefixCaches(model))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def untrained(monkeypatch):
     monkeypatch.setattr(train, "fine_tune", None)               # calling it would fail
 
@@ -44,6 +44,7 @@ def asked(monkeypatch, agent) -> list[str]:
     return prompts
 
 
+@pytest.mark.usefixtures("untrained")
 def test_tticl_puts_the_pairs_before_the_request(agent, monkeypatch):
     pair = Pair("Count my apples.", (Call("f", {}),), "the text of the pair", 3)
     monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [([pair], [])] * len(samples))
@@ -79,16 +80,15 @@ def test_a_run_with_a_teacher(tmp_path):
 
 
 def test_a_teacher_apart_writes_the_same_pairs_once(tmp_path, monkeypatch):
-    monkeypatch.undo()
     flags = ("--method", "ttd", "--teacher", "tiny", "--limit", "6", "--tau", "0.999", "--filter", "none")
     beside, apart = program(tmp_path / "beside", *flags), program(tmp_path / "apart", *flags, "--teacher-apart")
-    def plain(records): return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
     assert plain(beside) == plain(apart) and any(r["pairs"] for r in apart)
     (tmp_path / "apart" / "records.jsonl").write_text("")
     monkeypatch.setattr(train, "synthesize", None)              # what the teacher wrote is there
     assert plain(program(tmp_path / "apart", *flags, "--teacher-apart")) == plain(beside)
 
 
+@pytest.mark.usefixtures("untrained")
 def test_again_shows_the_direct_answer_and_asks_once_more(agent, monkeypatch):
     prompts = asked(monkeypatch, agent)
     records = run(agent, "again")
@@ -100,6 +100,7 @@ def scripted(monkeypatch, *texts):
     monkeypatch.setattr(train, "sample_texts", lambda m, t, p, prompts, limit, temperature, top_p, keys: [list(texts)] * len(prompts))
 
 
+@pytest.mark.usefixtures("untrained")
 def test_vote_counts_calls_and_not_spellings(agent, monkeypatch):
     right, spaced = RIGHT[0], RIGHT[0].replace('": ', '":   ')
     scripted(monkeypatch, "nonsense", right, call_text((Call("other", {}),)), spaced, call_text((Call("third", {}),)))
@@ -107,6 +108,7 @@ def test_vote_counts_calls_and_not_spellings(agent, monkeypatch):
     assert record.answer["text"] == right and [s["text"] for s in record.sampled][3] == spaced
 
 
+@pytest.mark.usefixtures("untrained")
 def test_retry_keeps_what_fits_and_else_takes_the_first_that_does(agent, monkeypatch):
     bases = ["nonsense", RIGHT[1], "nonsense"]
     monkeypatch.setattr(train, "answer", lambda agent, rows, contexts, config, cache, watch: [
@@ -119,6 +121,7 @@ def test_retry_keeps_what_fits_and_else_takes_the_first_that_does(agent, monkeyp
     assert third.answer["text"] == "nonsense"                   # the other's answer does not fit its tools
 
 
+@pytest.mark.usefixtures("untrained")
 def test_the_gates_are_what_they_say(agent):
     margins = [r.margin for r in run(agent, "base")]
     tau = sorted(margins)[1]                                    # one is below it
@@ -127,6 +130,7 @@ def test_the_gates_are_what_they_say(agent):
         assert [bool(r.sampled) for r in records] == acted and [r.uncertain for r in records] == [m < tau for m in margins]
 
 
+@pytest.mark.usefixtures("untrained")
 @pytest.mark.parametrize("method", ["base", "tticl", "vote", "retry", "again"])
 def test_labels_never_reach_a_method(agent, method):
     canaries = [dataclasses.replace(s, answers=(Call("canary", {"x": "canary"}),)) for s in SAMPLES]
@@ -135,6 +139,7 @@ def test_labels_never_reach_a_method(agent, method):
     assert texts(canaries) == texts([s.without_answers() for s in SAMPLES]) and "canary" not in str(texts(canaries))
 
 
+@pytest.mark.usefixtures("untrained")
 def test_pass_at_k_is_any_of_the_sampled(tmp_path, capsys):
     assert train.main(["--bench", "toolalpaca", "--model", "tiny", "--device", "cpu", "--limit", "3", "--method", "vote", "--gate", "all",
                        "--samples", "3", "--out", str(tmp_path)]) == 0
@@ -148,11 +153,17 @@ def test_pass_at_k_is_any_of_the_sampled(tmp_path, capsys):
 PROGRAM = ["--bench", "toolalpaca", "--model", "tiny", "--device", "cpu", "--max-new-tokens", "48"]
 
 
+def plain(records) -> list[dict]:
+    """Records without what differs from run to run."""
+    return [{name: value for name, value in r.items() if name != "seconds"} for r in records]
+
+
 def program(folder, *flags, code=0) -> list[dict]:
     assert train.main([*PROGRAM, "--out", str(folder), *flags]) == code
     return evaluate.read_records(folder) if (folder / "records.jsonl").is_file() else []
 
 
+@pytest.mark.usefixtures("untrained")
 def test_random_lets_as_many_through_as_the_score_and_oracle_those_that_are_wrong(tmp_path):
     flags = ("--method", "vote", "--samples", "2", "--limit", "12")
     by_score = program(tmp_path / "score", *flags)
@@ -161,7 +172,8 @@ def test_random_lets_as_many_through_as_the_score_and_oracle_those_that_are_wron
     assert 0 < count < 12 and all(sum(acted) == count for acted in drawn) and len(set(map(tuple, drawn))) > 1
     for r in program(tmp_path / "oracle", *flags, "--gate", "oracle"):
         assert r["acted"] == (not r["base"]["exact"]) == bool(r["sampled"])
-    assert "uses labels" in evaluate.table([tmp_path / "oracle"]) and "uses labels" not in evaluate.table([tmp_path / "score"])
+    def shown(name): return evaluate.table(evaluate.read_runs([tmp_path / name]))
+    assert "uses labels" in shown("oracle") and "uses labels" not in shown("score")
 
 
 def test_gold_trains_on_the_samples_own_request_and_calls(agent, monkeypatch):
@@ -196,7 +208,6 @@ def test_unrelated_pairs_are_those_of_another_sample(agent, monkeypatch):
 
 def test_vote_samples_the_adapted_model_and_the_others_from_the_base(agent, monkeypatch):
     """An adapter that has learnt another answer by heart is heard in the sampled answers, one that was not trained is not."""
-    monkeypatch.undo()
     monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [
         ([Pair(SAMPLES[0].messages[-1]["content"], (), "something else", 3)] if s.id == SAMPLES[0].id else [], []) for s in samples])
     for adapt in ("full", "suffix"):
@@ -206,7 +217,6 @@ def test_vote_samples_the_adapted_model_and_the_others_from_the_base(agent, monk
 
 
 def test_without_reset_the_adapter_learns_on_and_answers_everyone_and_goes_on_after_a_stop(tmp_path, monkeypatch):
-    monkeypatch.undo()
     flags = ("--reset", "never", "--filter", "none", "--tau", "0.9999", "--limit", "8")
     whole = program(tmp_path / "whole", *flags)
     trained = [i for i, r in enumerate(whole) if r["losses"]]
@@ -222,7 +232,6 @@ def test_without_reset_the_adapter_learns_on_and_answers_everyone_and_goes_on_af
     monkeypatch.setattr(train, "improve_or_keep", stopped)
     program(tmp_path / "cut", *flags, code=130)
     monkeypatch.undo()
-    def plain(records): return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
     assert plain(program(tmp_path / "cut", *flags)) == plain(whole)
     lines = (tmp_path / "cut" / "records.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "cut" / "records.jsonl").write_bytes(b"".join(lines[:-2]))      # what these two have taught is nowhere any more
@@ -235,7 +244,6 @@ def test_without_reset_the_adapter_learns_on_and_answers_everyone_and_goes_on_af
 @pytest.mark.parametrize("options", [{}, {"pairs": "unrelated"}, {"reset": "never"}])
 def test_what_is_cached_of_the_tools_is_always_the_base_models(agent, monkeypatch, options):
     """Also if nothing stays in the cache, so that a prefix is read when an adapter has been trained."""
-    monkeypatch.undo()
     monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [([Pair("a request", (), "an answer", 3)], []) for s in samples])
     results = []
     for size in (2 << 30, 1):
@@ -250,7 +258,6 @@ def test_what_is_cached_of_the_tools_is_always_the_base_models(agent, monkeypatc
 
 
 def test_kl_is_zero_before_training_and_grows_with_it(agent, monkeypatch):
-    monkeypatch.undo()
     monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [([Pair("a request", (), "an answer", 3)], []) for s in samples])
     still, moved = run(agent, "ttsi", kl=True, lr=1e-12)[0].kl, run(agent, "ttsi", kl=True, lr=5e-3)[0].kl
     assert abs(still) < 1e-6 and moved > 1e-3
@@ -265,6 +272,7 @@ def split(tmp_path):
     return path
 
 
+@pytest.mark.usefixtures("untrained")
 def test_icl_shows_k_training_examples_before_the_request_and_asks_of_every_sample(agent, monkeypatch, split):
     prompts, training = asked(monkeypatch, agent), tuple(data.load("toolalpaca", str(split)))
     records = run(dataclasses.replace(agent, training=training), "icl", k=2, tau=0.0, gate="score", train_data=str(split))
@@ -275,7 +283,6 @@ def test_icl_shows_k_training_examples_before_the_request_and_asks_of_every_samp
 
 
 def test_sft_trains_once_saves_for_peft_and_the_adapter_can_be_used(tmp_path, monkeypatch, split, capsys):
-    monkeypatch.undo()
     flags = ("--limit", "4", "--gate", "all")
     sft = program(tmp_path / "sft", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3")
     assert (tmp_path / "sft" / "adapter" / "adapter_model.safetensors").is_file()
@@ -292,8 +299,7 @@ def test_sft_trains_once_saves_for_peft_and_the_adapter_can_be_used(tmp_path, mo
     assert [r["base"]["text"] for r in merged] == [r["answer"]["text"] for r in sft]
 
 
-def test_sft_minimises_the_loss_on_its_split(agent, split, monkeypatch):
-    monkeypatch.undo()
+def test_sft_minimises_the_loss_on_its_split(agent, split):
     agent = dataclasses.replace(agent, training=tuple(data.load("toolalpaca", str(split))))
     sample = agent.training[0]
 
@@ -307,8 +313,7 @@ def test_sft_minimises_the_loss_on_its_split(agent, split, monkeypatch):
     assert loss(train.supervised(agent, config)) < 0.7 * loss({})
 
 
-def test_sft_that_was_stopped_while_saving_trains_again_and_one_that_explodes_is_named(tmp_path, monkeypatch, split, capsys):
-    monkeypatch.undo()
+def test_sft_that_was_stopped_while_saving_trains_again_and_one_that_explodes_is_named(tmp_path, split, capsys):
     flags = ("--limit", "2", "--method", "sft", "--train-data", str(split), "--epochs", "1")
     whole = program(tmp_path / "run", *flags)
     (tmp_path / "run" / "adapter" / "adapter_config.json").unlink()             # it is written last
@@ -327,7 +332,6 @@ def test_a_training_split_that_holds_test_samples_is_refused(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------------- sweeps
 
 def test_a_sweep_finds_what_single_runs_find_and_computes_what_is_shared_once(tmp_path, monkeypatch):
-    monkeypatch.undo()
     flags = ("--limit", "6", "--batch", "3", "--filter", "none")
     counts = {"assess": 0, "synthesize": 0, "fine_tune": 0}
     for name in counts:
@@ -341,7 +345,6 @@ def test_a_sweep_finds_what_single_runs_find_and_computes_what_is_shared_once(tm
     adapted = sum(r["outcome"] == "adapted" for r in evaluate.read_records(tmp_path / "tau=1+epochs=2+gate=all"))
     assert counts == {"assess": 6, "synthesize": 6, "fine_tune": 2 * adapted} and adapted >= 2
     monkeypatch.undo()
-    def plain(records): return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
     for tau, gate in (("0.5", "score"), ("1", "all")):
         alone = program(tmp_path / "alone" / tau, *flags, "--tau", tau, "--epochs", "4", "--gate", gate)
         swept = evaluate.read_records(tmp_path / f"tau={float(tau):g}+epochs=4+gate={gate}")
@@ -351,7 +354,6 @@ def test_a_sweep_finds_what_single_runs_find_and_computes_what_is_shared_once(tm
 
 
 def test_a_sweep_trusts_only_what_this_code_has_computed_and_overwrite_is_anew(tmp_path, monkeypatch):
-    monkeypatch.undo()
     assessed, real = [], train.assess
     monkeypatch.setattr(train, "assess", lambda agent, samples, config: assessed.extend(samples) or real(agent, samples, config))
     flags = ("--limit", "2", "--method", "base")

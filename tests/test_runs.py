@@ -326,7 +326,7 @@ def test_any_record_file_is_read_or_named_and_what_is_read_can_be_shown(scratch,
     except ValueError as error:
         assert "records.jsonl, line " in str(error)
         return
-    for shown in (evaluate.table([scratch]), *(evaluate.story(record) for record in records)):
+    for shown in (evaluate.table(evaluate.read_runs([scratch])), *(evaluate.story(record) for record in records)):
         assert all(c.isprintable() or c == "\n" for c in shown)
         shown.encode()
 
