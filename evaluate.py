@@ -346,7 +346,7 @@ def pass_at(k: int, drawn: int, right: int) -> float:
 
 # ------------------------------------------------------------------------------------------------- runs compared
 
-FREE = ("limit", "batch", "checkpointing", "out", "device", "offline", "verbose", "overwrite")     # options that change no result
+FREE = ("limit", "batch", "checkpointing", "pack", "out", "device", "offline", "verbose", "overwrite")     # options that change no result
 
 
 def grouped(runs: Sequence[Run]) -> list[dict]:

@@ -28,8 +28,9 @@ class LoRALinear(nn.Module):
         self.base, self.A, self.B, self.scale = base, A, B, scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, T, in) -> (B, T, out); the adapters compute in float32 whatever the base computes in."""
-        return self.base(x) + (self.scale * (x.to(self.A.dtype) @ self.A.mT @ self.B.mT)).to(x.dtype)
+        """x: (B, T, in) -> (B, T, out). The adapters are float32, and multiplied in the type that the base computes in."""
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        return torch.baddbmm(self.base(x), x @ A.mT, B.mT.expand(len(x), -1, -1), alpha=self.scale)
 
 
 def targeted(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

@@ -70,17 +70,21 @@ class ContextError(ValueError):
     """More tokens than the model's context holds."""
 
 
+GROWTH = 128            # slots that a cache sets aside when it has no room left
+
+
 class KVCache:
     """Keys and values of the tokens read so far, for B rows. It alone knows the positions, so several can live at once.
 
-    Tensors are never written in place: `append` makes new ones, so a fork shares its parent's memory and leaves it as it
-    was, and gradients flow through what a pass adds. A padded slot is a hole: `valid` is False there, nobody attends to
-    it, and it takes no position.
+    A fork shares its parent's memory until either grows, which then moves to memory of its own and writes new tokens behind the
+    old ones; with gradients, a pass makes new tensors instead. A padded slot is a hole: `valid` is False there, nobody attends
+    to it, and it takes no position.
     """
 
     def __init__(self, num_layers: int):
-        self.keys: list[torch.Tensor | None] = [None] * num_layers      # each (B, G, S, K)
-        self.values: list[torch.Tensor | None] = [None] * num_layers    # each (B, G, S, K)
+        self.keys: list[torch.Tensor | None] = [None] * num_layers      # each (B, G, S or more, K)
+        self.values: list[torch.Tensor | None] = [None] * num_layers    # each (B, G, S or more, K)
+        self.own = [False] * num_layers                                 # whether no other cache has these tensors
         self.valid: torch.Tensor | None = None                          # (B, S) bool
         self.holes = False                                              # whether `valid` has a False
 
@@ -94,12 +98,23 @@ class KVCache:
         return sum(t.numel() * t.element_size() for t in self.keys + self.values if t is not None)
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add one layer's new keys and values, (B, G, T, K) each, and return all of them, (B, G, S, K) each."""
-        if self.keys[layer] is not None:
-            keys = torch.cat((self.keys[layer], keys), dim=2)
-            values = torch.cat((self.values[layer], values), dim=2)
-        self.keys[layer], self.values[layer] = keys, values
-        return keys, values
+        """Put one layer's new keys and values, (B, G, T, K) each, into the last T slots; gives all of them, (B, G, S, K) each."""
+        end, start = self.length, self.length - keys.shape[2]
+        if start == 0 or torch.is_grad_enabled():
+            if start > 0:
+                keys = torch.cat((self.keys[layer][:, :, :start], keys), dim=2)
+                values = torch.cat((self.values[layer][:, :, :start], values), dim=2)
+            self.keys[layer], self.values[layer], self.own[layer] = keys, values, False
+            return keys, values
+        # In place, for one row of 550 tokens a pass of the 0.5B is 1.1x faster on a CPU than with new tensors, for five 1.6x.
+        if not self.own[layer] or self.keys[layer].shape[2] < end:
+            for tensors in (self.keys, self.values):
+                B, G, _, K = tensors[layer].shape
+                old, tensors[layer] = tensors[layer], keys.new_empty(B, G, end + GROWTH, K)
+                tensors[layer][:, :, :start] = old[:, :, :start]
+            self.own[layer] = True
+        self.keys[layer][:, :, start:end], self.values[layer][:, :, start:end] = keys, values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def fork(self, rows: int | Sequence[int] | None = None) -> "KVCache":
         """A cache that goes on from here on its own: as it is, one row expanded to `rows`, or the rows listed."""
@@ -110,11 +125,14 @@ class KVCache:
         other = KVCache(len(self.keys))
         other.keys, other.values = [pick(t) for t in self.keys], [pick(t) for t in self.values]
         other.valid, other.holes = pick(self.valid), self.holes
+        if rows is None or isinstance(rows, int):
+            self.own = [False] * len(self.own)
+        else:
+            other.own = [t is not None for t in other.keys]             # listed rows are copies
         return other
 
     def cut(self, length: int) -> None:
         """Forget all but the first `length` slots."""
-        self.keys, self.values = ([t[:, :, :length] for t in tensors] for tensors in (self.keys, self.values))
         self.valid = self.valid[:, :length]
 
     @staticmethod
@@ -124,10 +142,45 @@ class KVCache:
         def join(tensors, dim):             # pads `dim` (from behind) in front, with zeros or False
             return torch.cat([F.pad(t, [0, 0] * (dim - 1) + [longest - t.shape[-dim], 0]) for t in tensors])
         other = KVCache(len(caches[0].keys))
-        other.keys, other.values = ([join(layer, 2) for layer in zip(*(getattr(c, name) for c in caches))] for name in ("keys", "values"))
+        for name in ("keys", "values"):
+            layers = zip(*([t[:, :, :c.length] for t in getattr(c, name)] for c in caches))
+            setattr(other, name, [join(layer, 2) for layer in layers])
         other.valid = join([cache.valid for cache in caches], 1)
         other.holes = any(cache.holes or cache.length < longest for cache in caches)
         return other
+
+
+PACKED_FOR = 16         # rows of x that the packed layout is chosen for; it serves any number
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b, (..., in) -> (..., out); packed: W as oneDNN reads it, or None."""
+    if packed is None:
+        return F.linear(x, weight, bias)
+    if x.requires_grad and torch.is_grad_enabled():
+        return PackedProduct.apply(x, weight, bias, packed)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+class PackedProduct(torch.autograd.Function):
+    """`product` with a packed, frozen W, and its gradient for x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed):
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias, packed)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.saved_tensors[0], None, None, None
+
+
+class Linear(nn.Linear):
+    """x W^T + b. On a CPU it may hold a frozen W a second time, in the blocks that products read it in (`Qwen2.pack`)."""
+    packed: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.weight, self.bias, self.packed)
 
 
 class RMSNorm(nn.Module):
@@ -163,19 +216,29 @@ class Attention(nn.Module):
         super().__init__()
         D, K = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, K
-        self.q_proj = nn.Linear(D, config.num_attention_heads * K)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * K)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * K)
-        self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=False)
+        self.q_proj = Linear(D, config.num_attention_heads * K)
+        self.k_proj = Linear(D, config.num_key_value_heads * K)
+        self.v_proj = Linear(D, config.num_key_value_heads * K)
+        self.o_proj = Linear(config.num_attention_heads * K, D, bias=False)
 
     def forward(self, x, cos, sin, mask, cache: KVCache) -> torch.Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         k, v = cache.append(self.layer, rotate(k, cos, sin), v)
-        # SDPA's is_causal is aligned to the top left, so it is right only where nothing was cached before.
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, attn_mask=mask, enable_gqa=True,
-                                           is_causal=mask is None and T > 1)
+        y = attend(rotate(q, cos, sin), k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention of queries (B, H, T, K) to keys and values (B, G, S, K), where mask (B or 1, 1, T, S) is True or, without
+    one, causally; (B, H, T, K)."""
+    (B, H, T, K), G = q.shape, k.shape[1]
+    if mask is None and T > 1:          # SDPA's is_causal is aligned to the top left: right only where nothing was cached before
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # The heads that share keys as so many rows of one head: the keys are read once. On a CPU 11x faster for one bfloat16 query,
+    # 1.1 to 1.8x for several and in float32.
+    mask = None if mask is None else mask.repeat(1, 1, H // G, 1)
+    return F.scaled_dot_product_attention(q.reshape(B, G, H // G * T, K), k, v, attn_mask=mask).reshape(B, H, T, K)
 
 
 class MLP(nn.Module):
@@ -184,8 +247,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, F_, bias=False), nn.Linear(D, F_, bias=False)
-        self.down_proj = nn.Linear(F_, D, bias=False)
+        self.gate_proj, self.up_proj = Linear(D, F_, bias=False), Linear(D, F_, bias=False)
+        self.down_proj = Linear(F_, D, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -223,9 +286,10 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False                      # with gradients: keep only each block's input, compute the rest again
+        self.packed_head = None
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def device(self) -> torch.device:
@@ -257,8 +321,22 @@ class Qwen2(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) in float32 of hidden states (..., D)."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight).float()
+        return product(hidden, self.head_weight, None, self.packed_head).float()
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def pack(self) -> None:
+        """Hold each weight matrix a second time, as oneDNN reads it: for the CPU, once the weights are final.
+
+        torch packs them anew in every product else. Measured on two cores in bfloat16 (float32): 1.5x (1.4x) faster for one
+        row, 1.7x (3x) for five, 1.2x (1.4x) for eighty.
+        """
+        layers = [layer for layer in self.modules() if isinstance(layer, Linear)]
+        for layer in layers:
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, PACKED_FOR)
+        self.packed_head = torch.ops.mkldnn._reorder_linear_weight(self.head_weight, PACKED_FOR)
 
 
 def place(cache: KVCache, ids: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -511,6 +589,9 @@ class PrefixCaches:
         return self.caches[key].fork()
 
 
+LIKELY = 256            # tokens among which a nucleus is looked for first
+
+
 def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
     """One token id from logits (V,): the largest at temperature 0, else by nucleus sampling (Holtzman et al. 2020).
 
@@ -519,8 +600,13 @@ def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generat
     """
     if temperature == 0:
         return int(logits.argmax())
-    p, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
-    cumulative = p.cumsum(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    # The most probable few hold the nucleus nearly always, and sorting the others costs a CPU as much as a tenth of the pass.
+    likely = (p >= p.topk(min(LIKELY, len(p))).values[-1]).nonzero()[:, 0]
+    if float(p[likely].sum()) < min(top_p + 1e-3, 1):
+        likely = torch.arange(len(p), device=p.device)
+    p, order = p[likely].sort(descending=True, stable=True)
+    order, cumulative = likely[order], p.cumsum(-1)
     nucleus = max(1, int((cumulative - p < top_p).sum()))       # the fewest tokens that hold top_p; never none
     u = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[nucleus - 1].double().cpu()
     return int(order[min(int((cumulative[:nucleus].double() <= u.to(p.device)).sum()), nucleus - 1)])
@@ -549,9 +635,10 @@ def look_up(ids: Sequence[int]) -> list[int]:
 
 @torch.no_grad()
 def speculate(model: Qwen2, prompt: Sequence[int], eos: frozenset[int], max_new_tokens: int, cache: KVCache | None,
-              context: Sequence[int], watch: Callable[[list[int], torch.Tensor], None] | None = None) -> list[int]:
-    """`generate` for one prompt, greedily: the same tokens in fewer passes. Tool calls copy names and values from the prompt,
-    so each pass reads a draft behind its token and keeps of it what the model would have written.
+              context: Sequence[int], temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None,
+              watch: Callable[[list[int], torch.Tensor], None] | None = None) -> list[int]:
+    """`generate` for one prompt: the same tokens in fewer passes. Tool calls copy names and values from the prompt, so each
+    pass reads a draft behind its token and keeps of it what the model chooses, or draws, as well.
 
     context: all tokens of the prompt, those in the cache, too; drafts are looked up there and in the new text.
     """
@@ -564,6 +651,7 @@ def speculate(model: Qwen2, prompt: Sequence[int], eos: frozenset[int], max_new_
         logits = model.logits(hidden)                   # (checked + 1, V)
         best, draft = logits.argmax(-1).tolist(), pending[len(pending) - checked:]
         for i, token in enumerate(best):                # best[i] follows the first i tokens of the draft
+            token = token if temperature == 0 else sample_token(logits[i], temperature, top_p, generator)
             if watch:
                 watch([0], logits[i:i + 1])
             if token in eos:

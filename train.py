@@ -131,6 +131,8 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", "answers and run folder")
     dtype: str = option("auto", "of the base weights; auto: bfloat16 on a GPU, float32 on a CPU", "answers and run folder",
                         choices=("auto", "float32", "bfloat16"))
+    pack: bool = option(True, "on a CPU hold large weights a second time, in the order in which products read them: less time for "
+                        "more memory", "answers and run folder")
     offline: bool = option(False, "never download anything", "answers and run folder")
     verbose: bool = option(False, "tell each sample's story as it ends", "answers and run folder")
     overwrite: bool = option(False, "start anew in a run folder that exists", "answers and run folder")
@@ -302,9 +304,8 @@ def answer(agent: Agent, prompts: Sequence[list[int]], contexts: Sequence[Sequen
     """Greedy decoding of the answers to prompts, which continue `cache`, by adapters where there are any; and their lengths.
     contexts: the prompts with what the cache holds, in tokens."""
     eos, limit = agent.tokenizer.eos, config.max_new_tokens
-    # On a CPU look-up pays with small models only: RATIOS (tests/benchmark.py). On a GPU it is not measured.
-    if len(prompts) == 1 and (agent.model.device.type == "cuda" or agent.model.config.hidden_size <= 512):
-        rows = [speculate(agent.model, prompts[0], eos, limit, cache, contexts[0], watch)]
+    if len(prompts) == 1:
+        rows = [speculate(agent.model, prompts[0], eos, limit, cache, contexts[0], watch=watch)]
     else:
         rows = generate(agent.model, prompts, eos, limit, cache, watch=watch, keep=lambda places: keep_rows(agent.model, places))
     return [({"text": agent.tokenizer.decode(ids)}, len(ids)) for ids in rows]
@@ -1068,6 +1069,8 @@ def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, st
                              f"model's context of {model.config.max_position_embeddings}: lower --max-new-tokens, or leave it out")
     if config.adapter:
         merge_adapter(model, *load_adapter(Path(config.adapter), model))
+    if wants_packing(model, config):
+        model.pack()
     found, agent = facts(model, everything), Agent(model, tokenizer, PrefixCaches(model), others=tuple(s.without_answers() for s in everything))
     if len(everything) < 2 and any(each.pairs == "unrelated" for each in configs):
         raise ValueError("--pairs unrelated: there is no other sample")
@@ -1085,12 +1088,19 @@ def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, st
     return agent, samples, found
 
 
+def wants_packing(model: Qwen2, config: Config) -> bool:
+    """--pack, where it is of use: a small model's time goes into calls, not into products."""
+    return config.pack and model.device.type == "cpu" and model.config.hidden_size > 512 and torch.backends.mkldnn.is_available()
+
+
 def load_teacher(config: Config, device: torch.device) -> tuple[Writer, str]:
     """Who writes the pairs of TT-D, and what tells it from another: the digest of its weights, or its address and name."""
     if config.teacher_model:
         return RemoteWriter(config.teacher, config.teacher_model), f"{config.teacher} {config.teacher_model}"
     folder = TINY if config.teacher == "tiny" else find_checkpoint(config.teacher, config.offline, "--teacher")
     model = load_model(folder, device, getattr(torch, config.dtype))
+    if wants_packing(model, config):
+        model.pack()
     return local_writer(model, Tokenizer(folder), PrefixCaches(model)), fingerprint(model)
 
 

@@ -110,7 +110,7 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
         params = new_params(model, config.rank, [seeded("lora")], config.targets.split(","))
         with adapters(model, params, config.alpha):
             clock(f"train {adapt}", 5 * (len(prompt) + len(target)), lambda: train.fine_tune(agent, [[(prompt, target)]], params, config, prefix))
-            clock(f"adapted answer {adapt}", NEW, lambda: generate(model, [prompt], nothing, NEW, prefix))
+            clock(f"adapted answer {adapt}", NEW, lambda: speculate(model, prompt, nothing, NEW, prefix, head + rest))
 
 
 def plainly(clock: Clock, model, tokenizer: Tokenizer, sample: data.Sample, config: train.Config) -> None:
@@ -188,13 +188,18 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=3, help="samples (default: 3)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="on a CPU, ours has packed weights (default)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (default: all cores)")
     parser.add_argument("--only", choices=("ours", "plain"), help="one side alone, for its peak memory")
     parser.add_argument("--batch", type=int, default=0, help="also adapt so many samples at once, and one after another")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     folder = train.TINY if args.random or args.model == "tiny" else Path(args.model)
     tokenizer = Tokenizer(folder)
     model = random_model(args.random, device, dtype) if args.random else load_model(folder, device, dtype)
+    if args.pack and device.type == "cpu":
+        model.pack()
     samples = data.load(args.bench, args.data, bundled=args.data is None)
     if args.random:
         tools = list({tool["name"]: tool for sample in samples for tool in sample.tools}.values())

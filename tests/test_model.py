@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import CONFIG, write_checkpoint
-from model import (ModelConfig, PrefixCaches, Tokenizer, find_checkpoint, generate, load_model, look_up, rotary_angles,
+from lora import adapters, new_params
+from model import (ModelConfig, PrefixCaches, Tokenizer, find_checkpoint, fingerprint, generate, load_model, look_up, rotary_angles,
                    sample_token, seeded, speculate)
 
 HERE = Path(__file__).parent
@@ -138,6 +139,23 @@ def test_a_fork_goes_on_alone_and_leaves_its_parent_as_it_was(model):
 
 
 @torch.no_grad()
+def test_caches_that_have_grown_in_place_do_not_write_over_each_other(model):
+    start, steps = batch(1, 9), list(batch(6, 1).split(1))
+    trunk = model.new_cache()
+    for ids in (start, *steps[:2]):
+        model(ids, trunk)
+    branches = [trunk, trunk.fork(), trunk.fork(), trunk.fork([0])]
+    for i, branch in enumerate(branches):                       # each goes on otherwise, by turns
+        model(steps[2 + i % 4], branch)
+    branches[1].cut(10)                                         # ... and one back and on
+    model(steps[5], branches[1])
+    ends = [model(steps[0], branch)[:, -1] for branch in branches]
+    texts = [[*steps[:2], steps[2]], [steps[0], steps[5]], [*steps[:2], steps[4]], [*steps[:2], steps[5]]]
+    for end, text in zip(ends, texts):
+        assert close(end, model(torch.cat((start, *text, steps[0]), 1))[:, -1])
+
+
+@torch.no_grad()
 def test_a_fork_takes_the_rows_listed_in_their_order(model):
     ids, more, valid = batch(3, 8), batch(4, 3), torch.arange(8) < torch.tensor([[8], [5], [6]])
     rows, cache = [2, 0, 0, 1], model.new_cache()
@@ -252,9 +270,43 @@ def test_speculation_writes_what_greedy_decoding_does_and_shows_each_step(model,
         eos = frozenset([generate(model, [ids], frozenset(), 9)[0][-1]])    # an end that comes
         plain, = generate(model, [ids[-1:]], eos, limit, cache, watch=lambda rows, logits: seen.append(logits))
         model.forward = lambda *args: passes.append(1) or forward(*args)
-        assert speculate(model, ids[-1:], eos, limit, cache, ids, lambda rows, logits: watched.append(logits)) == plain
+        assert speculate(model, ids[-1:], eos, limit, cache, ids, watch=lambda rows, logits: watched.append(logits)) == plain
         del model.forward
         assert len(passes) <= len(seen) == len(watched) and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(seen, watched))
+
+
+def test_speculation_draws_what_sampling_draws(model):
+    for seed, ids in enumerate(([1, 2, 3] * 6, [5, 6, 7, 8] * 4)):
+        how = dict(temperature=0.3, top_p=0.9)
+        plain, = generate(model, [ids], frozenset(), 40, generators=[seeded(seed)], **how)
+        assert speculate(model, ids, frozenset(), 40, None, ids, generator=seeded(seed), **how) == plain
+
+
+def test_a_nucleus_beyond_the_likely_tokens_is_found_as_by_sorting_all(monkeypatch):
+    logits = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    few = [sample_token(logits, 1.0, top_p, seeded(i)) for top_p in (0.3, 0.95, 1.0) for i in range(50)]
+    monkeypatch.setattr("model.LIKELY", 3000)
+    assert few == [sample_token(logits, 1.0, top_p, seeded(i)) for top_p in (0.3, 0.95, 1.0) for i in range(50)]
+    assert len(set(few)) > 100
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_weights_give_the_same_logits_text_and_gradients(tmp_path, tied):
+    plain = load_model(write_checkpoint(tmp_path, tie_word_embeddings=tied))
+    packed = load_model(tmp_path)
+    packed.pack()
+    assert fingerprint(plain) == fingerprint(packed) and plain.state_dict().keys() == packed.state_dict().keys()
+    results = []
+    for model in (plain, packed):
+        params = new_params(model, 4, [seeded(0), seeded(1)])
+        for _, B in params.values():
+            torch.nn.init.normal_(B, std=0.05, generator=seeded(2))
+        with adapters(model, params, 8.0) as tensors:
+            logits = model.logits(model(batch(2, 17)))
+            results.append((logits, *torch.autograd.grad(logits.log_softmax(-1)[..., 0].sum(), tensors)))
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*results))
+    assert generate(plain, PROMPTS, frozenset(), 16) == generate(packed, PROMPTS, frozenset(), 16)
 
 
 def test_a_sampled_row_depends_on_its_generator_and_not_on_its_neighbours(model):

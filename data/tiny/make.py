@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -331,6 +332,13 @@ PHRASES = {     # how requests and dialogues are worded; no phrase stands in bot
 }
 
 
+class Wording(NamedTuple):
+    """How far a request's words are from the tool's; the shares of ..."""
+    odd: float = 0.0                # phrases that are garbled
+    vague: float = 0.0              # requests that do not say what to do
+    synonym: float = SYNONYM        # the others, with any verb that means the same as the tool's
+
+
 def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
@@ -343,7 +351,7 @@ def say(r: random.Random, phrases: Sequence[str], odd: float) -> str:
     return phrase
 
 
-def plan(r: random.Random, tool: dict, split: str, odd: float, vague: float) -> tuple[str, list[tuple], dict]:
+def plan(r: random.Random, tool: dict, split: str, words: Wording) -> tuple[str, list[tuple], dict]:
     """What a request for `tool` has to say, read from its JSON alone.
 
     Returns the deed ("find the hotel's price urgently"), a (label, value, natural phrase) for each value that is
@@ -352,11 +360,11 @@ def plan(r: random.Random, tool: dict, split: str, odd: float, vague: float) -> 
     verb, thing = tool["description"].lower().split(" ", 1)
     thing = thing.removeprefix("the ").split(" by ")[0]
     noun, facet = thing.rsplit(" ", 1) if " " in thing and thing.split()[-1] in FACETS + SECURITY_FACETS else (thing, "")
-    if vague and r.random() < vague:
-        verb = say(r, PHRASES[split]["vague"], odd)
-    elif r.random() < SYNONYM:
+    if words.vague and r.random() < words.vague:
+        verb = say(r, PHRASES[split]["vague"], words.odd)
+    elif r.random() < words.synonym:
         verb = r.choice(VERBS[GROUP_OF[verb]])
-    deed = f"{verb} " + say(r, PHRASES[split]["thing" if facet else "noun"], odd).format(noun=noun, facet=facet)
+    deed = f"{verb} " + say(r, PHRASES[split]["thing" if facet else "noun"], words.odd).format(noun=noun, facet=facet)
     held_out, said, arguments = int(split == "held_out"), [], {}
     for i, (key, schema) in enumerate(tool["parameters"].items()):
         if i > 0 and key not in required_arguments(tool) and r.random() < UNSAID:
@@ -368,60 +376,60 @@ def plan(r: random.Random, tool: dict, split: str, odd: float, vague: float) -> 
         kind = KINDS[KIND_OF.get(key, "id")]
         value = kind[1](r)
         arguments[key] = str(value) if schema["type"] in ("str", "string") else value
-        said.append((key.replace("_", " "), value, say(r, kind[2 + held_out].split("|"), odd).format(value)))
+        said.append((key.replace("_", " "), value, say(r, kind[2 + held_out].split("|"), words.odd).format(value)))
     return deed, said, arguments
 
 
-def write_request(r: random.Random, tools: list[dict], split: str, odd: float = 0.0, vague: float = 0.0) -> tuple[str, list[dict]]:
+def write_request(r: random.Random, tools: list[dict], split: str, words: Wording = Wording()) -> tuple[str, list[dict]]:
     """One turn of a user that needs one call of each of these tools, and the calls."""
     phrases, deeds, sentences, calls = PHRASES[split], [], [], []
     for tool in tools:
-        deed, said, arguments = plan(r, tool, split, odd, vague)
+        deed, said, arguments = plan(r, tool, split, words)
         for label, value, natural in r.sample(said, len(said)):
             if len(tools) == 1 and r.random() < SENTENCE:
-                sentences.append(upper_first(say(r, phrases["sentence"], odd).format(label=label, value=value)))
+                sentences.append(upper_first(say(r, phrases["sentence"], words.odd).format(label=label, value=value)))
             elif r.random() < NATURAL:
                 deed += " " + natural
             else:
-                deed += " " + say(r, phrases["value"], odd).format(label=label, value=value)
+                deed += " " + say(r, phrases["value"], words.odd).format(label=label, value=value)
         deeds.append(deed)
         calls.append({"name": tool["name"], "arguments": arguments})
-    request = say(r, phrases["frame"], odd).format(say(r, phrases["and"], odd).join(deeds))
+    request = say(r, phrases["frame"], words.odd).format(say(r, phrases["and"], words.odd).join(deeds))
     return " ".join([upper_first(request), *sentences]), calls
 
 
-def write_dialogue(r: random.Random, tools: list[dict], split: str, odd: float, vague: float) -> tuple[list[dict], list[dict]]:
+def write_dialogue(r: random.Random, tools: list[dict], split: str, words: Wording) -> tuple[list[dict], list[dict]]:
     """API-Bank's turns up to a call: after one request, or a question back; before them perhaps an earlier call."""
     phrases, turns, tool = PHRASES[split], [], r.choice(tools)
     if r.random() < EARLIER_CALL:
-        request, calls = write_request(r, [r.choice(tools)], split, odd)
+        request, calls = write_request(r, [r.choice(tools)], split, words._replace(vague=0.0))
         turns += [("user", request), ("assistant", f"```{json.dumps(calls)}```"),
-                  ("tool", r.choice(("success", "done", code(r)))), ("agent", say(r, phrases["done"], odd))]
-    deed, said, arguments = plan(r, tool, split, odd, vague)
+                  ("tool", r.choice(("success", "done", code(r)))), ("agent", say(r, phrases["done"], words.odd))]
+    deed, said, arguments = plan(r, tool, split, words)
     if said and r.random() < ASKED_BACK:
         calls = [{"name": tool["name"], "arguments": arguments}]
-        turns += [("user", upper_first(say(r, phrases["frame"], odd).format(deed))),
-                  ("agent", say(r, phrases["ask"], odd).format(" and ".join(label for label, _, _ in said))),
-                  ("user", ". ".join(upper_first(say(r, phrases["give"], odd)).format(label=label, value=value)
+        turns += [("user", upper_first(say(r, phrases["frame"], words.odd).format(deed))),
+                  ("agent", say(r, phrases["ask"], words.odd).format(" and ".join(label for label, _, _ in said))),
+                  ("user", ". ".join(upper_first(say(r, phrases["give"], words.odd)).format(label=label, value=value)
                                      for label, value, _ in said) + ".")]
     else:
-        request, calls = write_request(r, [tool], split, odd, vague)
-        turns += [("user", request), ("agent", say(r, phrases["sure"], odd))][:r.randint(1, 2)]
+        request, calls = write_request(r, [tool], split, words)
+        turns += [("user", request), ("agent", say(r, phrases["sure"], words.odd))][:r.randint(1, 2)]
     turns[-1] = (turns[-1][0], turns[-1][1] + "\nGenerate API Request:")
     return [{"role": role, "content": content} for role, content in turns], calls
 
 
 # -------------------------------------------------------------------------------------------------------------- tasks
 
-def make_task(r: random.Random, bench: str, split: str, vague: float = VAGUE) -> dict:
+def make_task(r: random.Random, bench: str, split: str, words: Wording = Wording(vague=VAGUE)) -> dict:
     """One item {"query", "tools", "answers"} of a file in the manner of `bench`."""
     of_list = random.Random(f"{split} {r.randrange(LISTS[split])}") if bench == "nexusraven" else r
-    tools, odd = make_tools(of_list, bench, split, vague), ODD if split == "train" else 0.0
+    tools, words = make_tools(of_list, bench, split, words.vague), words._replace(odd=ODD if split == "train" else 0.0)
     if bench == "apibank":
-        query, calls = write_dialogue(r, tools, split, odd, vague)
+        query, calls = write_dialogue(r, tools, split, words)
     else:
         two = bench == "toolalpaca" and r.random() < TWO_CALLS
-        query, calls = write_request(r, r.sample(tools, 2 if two else 1), split, odd, vague)
+        query, calls = write_request(r, r.sample(tools, 2 if two else 1), split, words)
     return {"query": query, "tools": tools, "answers": seal(calls) if bench == "sealtool" else calls}
 
 
@@ -430,15 +438,15 @@ def seal(calls: list[dict]) -> list[dict]:
     return [{"tool": call["name"], "parameters": call["arguments"]} for call in calls]
 
 
-def generate(bench: str, split: str, seed: int, n: int, vague: float = VAGUE) -> list[dict]:
+def generate(bench: str, split: str, seed: int, n: int, words: Wording = Wording(vague=VAGUE)) -> list[dict]:
     """n items of a benchmark's file, determined by the arguments, on every version of Python."""
     if bench not in BENCHES or split not in SPLITS:
         raise ValueError(f"no tasks {bench!r}, {split!r}; there are {', '.join(BENCHES)} and {', '.join(SPLITS)}")
     r = random.Random(f"{bench} {split} {seed}")
-    return [make_task(r, bench, split, vague) for _ in range(n)]
+    return [make_task(r, bench, split, words) for _ in range(n)]
 
 
-def similar(item: dict, r: random.Random, split: str = "train") -> dict:
+def similar(item: dict, r: random.Random, split: str = "train", words: Wording = Wording()) -> dict:
     """A new item with the tools of `item` that calls the same ones, with other values in other words.
 
     Its query is a string in every manner: a request that a model writes is one turn of the user.
@@ -447,7 +455,7 @@ def similar(item: dict, r: random.Random, split: str = "train") -> dict:
     tools = {tool["name"]: tool for tool in item["tools"]}
     seen, query = json.dumps(item["query"]).lower(), ""
     while query.lower().rstrip(".?") in seen:
-        query, calls = write_request(r, [tools[name] for name in called], split)
+        query, calls = write_request(r, [tools[name] for name in called], split, words)
     return {"query": query, "tools": item["tools"], "answers": seal(calls) if "tool" in item["answers"][0] else calls}
 
 
@@ -469,8 +477,18 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # copying it is the plain pattern that a small transformer learns first. Punctuation joins across a blank (`": "`).
 SPLIT = r"\p{L}+|\p{N}|(?: ?[^\s\p{L}\p{N}]+)+[\r\n]*|\s*[\r\n]+| |\s+"
 BATCH, PROMPT_WEIGHT = 8, 0.5
-STAGES = ((9000, 1.5e-3, 0.0), (1500, 5e-4, VAGUE))     # steps, peak learning rate, vague requests: first to copy, then to doubt
-MIX = (("call", 0.75), ("request", 0.17), ("joint", 0.08))        # what the examples ask for, and their shares
+
+
+class Stage(NamedTuple):
+    """A part of the training."""
+    steps: int
+    peak: float                     # learning rate
+    words: Wording
+    mix: tuple[float, float, float] = (0.75, 0.17, 0.08)        # shares of examples that ask for a call, a request, and both
+
+
+STAGES = (Stage(9000, 1.5e-3, Wording()), Stage(1500, 5e-4, Wording(vague=VAGUE)),              # first to copy, then to doubt,
+          Stage(6000, 1.2e-3, Wording(vague=VAGUE, synonym=0.6), (0.6, 0.28, 0.12)))            # then to choose what is on offer
 
 
 def phrases() -> list[str]:
@@ -492,7 +510,7 @@ def make_tokenizer(folder: Path, seed: int) -> None:
     fixed = re.compile("|".join(re.escape(phrase) for phrase in sorted(phrases(), key=len, reverse=True)))
     texts = []
     for bench in BENCHES:
-        for i, item in enumerate(generate(bench, "train", seed, 4000, vague=0.0)):
+        for i, item in enumerate(generate(bench, "train", seed, 4000, Wording())):
             sample = parse_sample(item, f"{bench}-{i}", "make.py")
             text = "".join(f"{role}\n{content}" for role, content in render(call_prompt(sample)))
             texts += fixed.split(text + call_text(sample.answers))
@@ -509,25 +527,25 @@ def make_tokenizer(folder: Path, seed: int) -> None:
         {**CONFIG, "vocab_size": bpe.get_vocab_size(), "eos_token_id": eos}, indent=2) + "\n")
 
 
-def example(r: random.Random, tokenizer: Tokenizer, vague: float) -> tuple[list[int], list[int]]:
+def example(r: random.Random, tokenizer: Tokenizer, stage: Stage) -> tuple[list[int], list[int]]:
     """One training example, (prompt ids, answer ids): a call, a request like another, or such a request and its call."""
     bench = r.choice(BENCHES)
-    item = make_task(r, bench, "train", vague)
+    item = make_task(r, bench, "train", stage.words)
     sample = parse_sample(item, "train", "make.py")
-    kind = r.choices([kind for kind, _ in MIX], [share for _, share in MIX])[0]
+    kind = r.choices(("call", "request", "joint"), stage.mix)[0]
     if kind == "call":
         prompt, answer = tokenizer.chat(call_prompt(sample)), call_text(sample.answers)
     else:
-        new = parse_sample(similar(item, r), "train", "make.py")
+        new = parse_sample(similar(item, r, words=stage.words._replace(vague=0.0)), "train", "make.py")
         prompt = tokenizer.chat(pair_prompt(sample, kind)) + tokenizer.encode(PAIR_START.format(request=request_text(sample)))
         answer = request_text(new) + '"' + ("\n" + call_text(new.answers) if kind == "joint" else "")
     return prompt, [*tokenizer.encode(answer), tokenizer.im_end]
 
 
-def batches(r: random.Random, tokenizer: Tokenizer, steps: int, vague: float) -> Iterator[list[tuple[list[int], list[int]]]]:
+def batches(r: random.Random, tokenizer: Tokenizer, steps: int, stage: Stage) -> Iterator[list[tuple[list[int], list[int]]]]:
     """Batches of examples of about one length each, so that little is padding."""
     for start in range(0, steps, 16):
-        pool = sorted((example(r, tokenizer, vague) for _ in range(16 * BATCH)), key=lambda e: len(e[0]) + len(e[1]))
+        pool = sorted((example(r, tokenizer, stage) for _ in range(16 * BATCH)), key=lambda e: len(e[0]) + len(e[1]))
         order = list(range(0, len(pool), BATCH))
         r.shuffle(order)
         yield from [pool[i:i + BATCH] for i in order][:steps - start]
@@ -559,16 +577,16 @@ def new_model(config: ModelConfig, seed: int) -> Qwen2:
     return model
 
 
-def train(model: Qwen2, tokenizer: Tokenizer, folder: Path, steps: int, peak: float, vague: float, seed: int | str) -> None:
+def train(model: Qwen2, tokenizer: Tokenizer, folder: Path, stage: Stage, steps: int, seed: int | str) -> None:
     """One stage: AdamW, linear warm-up over 100 steps, half a cosine to zero. Writes model.safetensors now and then."""
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
                                    {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
                                   betas=(0.9, 0.98))
-    bar = tqdm(batches(random.Random(f"train {seed}"), tokenizer, steps, vague), total=steps, unit="step")
+    bar = tqdm(batches(random.Random(f"train {seed}"), tokenizer, steps, stage), total=steps, unit="step")
     smooth = None
     for step, batch in enumerate(bar):
         for group in optimizer.param_groups:
-            group["lr"] = peak * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = stage.peak * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
         loss, answer_loss = batch_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -601,8 +619,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         make_tokenizer(args.out, args.seed)
         tokenizer, model = Tokenizer(args.out), new_model(ModelConfig.from_folder(args.out), args.seed)
-        for stage, (steps, peak, vague) in enumerate(STAGES):
-            train(model, tokenizer, args.out, min(steps, args.steps), peak, vague, f"{args.seed} {stage}" if stage else args.seed)
+        for i, stage in enumerate(STAGES):
+            train(model, tokenizer, args.out, stage, min(stage.steps, args.steps), f"{args.seed} {i}" if i else args.seed)
         print(f"{args.out}: {sum(f.stat().st_size for f in args.out.glob('*.*')) / 1e6:.1f} MB")
 
 
