@@ -100,10 +100,10 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
     def pair():
         asked = prefixes.read(head)
         model(torch.tensor([ask[:-1]], device=model.device), asked)
-        generate(model, [ask[-1:]], nothing, NEW, asked, 1.0, 1.0, [seeded("pair")])
+        generate(model, [ask[-1:]], nothing, NEW, asked, config.temperature, config.top_p, [seeded("pair")])
         labelled = prefixes.read(head)
         model(torch.tensor([rest[:-1]], device=model.device), labelled)
-        generate(model, [rest[-1:]] * LABELS, nothing, NEW, labelled, 1.0, 1.0, [seeded(i) for i in range(LABELS)])
+        generate(model, [rest[-1:]] * LABELS, nothing, NEW, labelled, config.temperature, config.top_p, [seeded(i) for i in range(LABELS)])
     with torch.no_grad():
         clock("pair", 2 * NEW, pair)
     for adapt, prompt, prefix in (("full", head + rest, None), ("suffix", rest, prefixes.read(head))):
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--random", choices=SIZES, help="random weights of this size; prompts are then of the bundled samples, of 24 tools each")
     parser.add_argument("--bench", default="toolalpaca")
     parser.add_argument("--data", help="the benchmark's file or folder (default: the bundled samples)")
-    parser.add_argument("--limit", type=int, default=3, help="samples (default: 3)")
+    parser.add_argument("--limit", type=int, default=3, help="samples, those around the median length of a prompt (default: 3)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="on a CPU, ours has packed weights (default)")
@@ -204,11 +204,13 @@ def main() -> None:
     if args.random:
         tools = list({tool["name"]: tool for sample in samples for tool in sample.tools}.values())
         samples = [replace(sample, tools=tuple({t["name"]: t for t in (*sample.tools, *tools[24 * i:])}.values())[:24]) for i, sample in enumerate(samples)]
-    samples, config = samples[:args.limit], train.Config(lr=1e-4, epochs=5)
+    samples = sorted(samples, key=lambda sample: len(tokenizer.chat(call_prompt(sample))))
+    middle, shortest, config = (len(samples) - args.limit) // 2, samples[0], train.Config(lr=1e-4, epochs=5)
+    samples = samples[max(middle, 0):][:args.limit]
     plain = None if args.only == "ours" else in_transformers(model)
     flops, bandwidth = ceilings(device, dtype)
     here, there = Clock(device), Clock(device)
-    for sample in [samples[0], *samples]:               # the first is run twice: once to warm up
+    for sample in [shortest, *samples]:                 # the first is to warm up
         if args.only != "plain":
             ours(here, model, tokenizer, sample, config)
         if plain:
