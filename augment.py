@@ -19,7 +19,7 @@ import torch
 
 from data import Sample, call_prompt, system_message
 from data.calls import Call, calls_key, check_call, parse_calls
-from model import KVCache, PrefixCaches, Qwen2, Tokenizer, generate, seeded, speculate
+from model import KVCache, PrefixCaches, Qwen2, Tokenizer, generate, seeded
 
 # What is asked in the user turn, behind the tools, so that the tools' KV cache serves here as well.
 ASK_REQUEST = ("Write two requests that a user may make of these tools. Both need the same tool, but the second is about other "
@@ -130,11 +130,8 @@ def sample_texts(model: Qwen2, tokenizer: Tokenizer, prefixes: PrefixCaches, pro
         caches += [cache] * len(own)
         last += [rest[-1:]] * len(own)
         generators += [seeded(*key) for key in own]
-    if len(last) == 1:
-        (head, rest), = prompts
-        texts = iter([speculate(model, last[0], tokenizer.eos, limit, caches[0], [*head, *rest], temperature, top_p, generators[0])])
-    else:
-        texts = iter(generate(model, last, tokenizer.eos, limit, KVCache.stack(caches), temperature, top_p, generators))
+    contexts = [[*head, *rest] for (head, rest), own in zip(prompts, keys) for _ in own]
+    texts = iter(generate(model, last, tokenizer.eos, limit, KVCache.stack(caches), temperature, top_p, generators, contexts=contexts))
     return [[tokenizer.decode(next(texts)) for _ in own] for own in keys]
 
 

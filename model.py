@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as BPE
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class KVCache:
                 values = torch.cat((self.values[layer][:, :, :start], values), dim=2)
             self.keys[layer], self.values[layer], self.own[layer] = keys, values, False
             return keys, values
-        # In place, for one row of 550 tokens a pass of the 0.5B is 1.1x faster on a CPU than with new tensors, for five 1.6x.
+        # In place: 16 tokens of the 0.5B, after 573, go in 1.5x faster than into new tensors, for five rows 4x (tests/benchmark.py).
         if not self.own[layer] or self.keys[layer].shape[2] < end:
             for tensors in (self.keys, self.values):
                 B, G, _, K = tensors[layer].shape
@@ -138,6 +137,8 @@ class KVCache:
     @staticmethod
     def stack(caches: Sequence["KVCache"]) -> "KVCache":
         """One cache with the rows of all; the shorter ones get holes in front, so that all end at the same slot."""
+        if len(caches) == 1:
+            return caches[0].fork()
         longest = max(cache.length for cache in caches)
         def join(tensors, dim):             # pads `dim` (from behind) in front, with zeros or False
             return torch.cat([F.pad(t, [0, 0] * (dim - 1) + [longest - t.shape[-dim], 0]) for t in tensors])
@@ -235,8 +236,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     (B, H, T, K), G = q.shape, k.shape[1]
     if mask is None and T > 1:          # SDPA's is_causal is aligned to the top left: right only where nothing was cached before
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # The heads that share keys as so many rows of one head: the keys are read once. On a CPU 11x faster for one bfloat16 query,
-    # 1.1 to 1.8x for several and in float32.
+    # The heads that share keys as so many rows of one head: the keys are read once. On a CPU 9x faster for
+    # one bfloat16 query (1.6x in float32), 1.1x to 1.3x for seven (tests/benchmark.py).
     mask = None if mask is None else mask.repeat(1, 1, H // G, 1)
     return F.scaled_dot_product_attention(q.reshape(B, G, H // G * T, K), k, v, attn_mask=mask).reshape(B, H, T, K)
 
@@ -286,7 +287,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False                      # with gradients: keep only each block's input, compute the rest again
-        self.packed_head = None
+        self.packed_head: torch.Tensor | None = None    # of a tied head
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -312,6 +313,8 @@ class Qwen2(nn.Module):
                                f"{self.config.max_position_embeddings} (max_position_embeddings)")
         x = self.model.embed_tokens(ids)
         cos, sin = rotary_angles(positions, self.config)
+        if self.checkpointing:
+            from torch.utils.checkpoint import checkpoint               # only here: to import it takes time, and warns without NumPy
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():          # twice through a block, so each on a fork that is dropped
                 x = checkpoint(lambda x, block=block: block(x, cos, sin, mask, cache.fork()), x, use_reentrant=False)
@@ -321,22 +324,20 @@ class Qwen2(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) in float32 of hidden states (..., D)."""
-        return product(hidden, self.head_weight, None, self.packed_head).float()
-
-    @property
-    def head_weight(self) -> torch.Tensor:
-        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+        tied = self.config.tie_word_embeddings
+        return (product(hidden, self.model.embed_tokens.weight, None, self.packed_head) if tied else self.lm_head(hidden)).float()
 
     def pack(self) -> None:
         """Hold each weight matrix a second time, as oneDNN reads it: for the CPU, once the weights are final.
 
-        torch packs them anew in every product else. Measured on two cores in bfloat16 (float32): 1.5x (1.4x) faster for one
-        row, 1.7x (3x) for five, 1.2x (1.4x) for eighty.
+        torch packs them anew in every product else: measured (tests/benchmark.py, the 0.5B, two cores), in bfloat16 (float32)
+        its products are 1.3x (1.6x) faster for one row, 1.9x (2.9x) for five, 1.7x (3.4x) for seven, 1.1x (1.5x) for eighty.
         """
-        layers = [layer for layer in self.modules() if isinstance(layer, Linear)]
-        for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, PACKED_FOR)
-        self.packed_head = torch.ops.mkldnn._reorder_linear_weight(self.head_weight, PACKED_FOR)
+        for layer in self.modules():
+            if isinstance(layer, Linear):
+                layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, PACKED_FOR)
+        if self.config.tie_word_embeddings:
+            self.packed_head = torch.ops.mkldnn._reorder_linear_weight(self.model.embed_tokens.weight, PACKED_FOR)
 
 
 def place(cache: KVCache, ids: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -601,7 +602,7 @@ def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generat
     if temperature == 0:
         return int(logits.argmax())
     p = (logits.float() / temperature).softmax(-1)
-    # The most probable few hold the nucleus nearly always, and sorting the others costs a CPU as much as a tenth of the pass.
+    # The most probable few hold the nucleus nearly always; to sort all takes 11 times as long on a CPU (tests/benchmark.py).
     likely = (p >= p.topk(min(LIKELY, len(p))).values[-1]).nonzero()[:, 0]
     if float(p[likely].sum()) < min(top_p + 1e-3, 1):
         likely = torch.arange(len(p), device=p.device)
@@ -672,14 +673,18 @@ def speculate(model: Qwen2, prompt: Sequence[int], eos: frozenset[int], max_new_
 def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int], max_new_tokens: int = 256,
              cache: KVCache | None = None, temperature: float = 0.0, top_p: float = 1.0,
              generators: Sequence[torch.Generator] | None = None, watch: Callable[[list[int], torch.Tensor], None] | None = None,
-             keep: Callable[[list[int]], None] | None = None) -> list[list[int]]:
+             keep: Callable[[list[int]], None] | None = None, contexts: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
     """New token ids for each of B prompts, the end token left out; rows leave the batch when they end.
 
     prompts: what follows `cache`, at least one token a row; a cache of one row serves all. temperature 0 is greedy;
     else each row draws from its own generator, so that its text does not depend on its neighbours. watch(rows, logits)
     sees the (R, V) logits that each step chooses from, for the rows still there; keep(places) is told, when rows leave,
-    which of those that were there stay.
+    which of those that were there stay. contexts: the prompts with what the cache holds, in tokens; with them, a row alone is
+    written by `speculate`.
     """
+    if contexts and len(prompts) == 1:
+        generator = generators[0] if generators else None
+        return [speculate(model, prompts[0], eos, max_new_tokens, cache, contexts[0], temperature, top_p, generator, watch)]
     rows = list(range(len(prompts)))
     texts: list[list[int]] = [[] for _ in rows]
     ids, valid = pad(prompts, model.device)

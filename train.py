@@ -44,7 +44,7 @@ from data import Sample, call_prompt, call_text
 from data.calls import Call, calls_key, parse_calls
 from lora import TARGETS, Params, adapters, keep_rows, load_adapter, merge_adapter, new_params, save_adapter, targeted
 from model import ContextError, KVCache, PrefixCaches, Qwen2, Tokenizer, find_checkpoint, fingerprint, generate, load_model, pad, \
-    seeded, speculate
+    seeded
 from uncertainty import ORDERS, SCORES, Evidence, answer_parts, choose_scores, entropy_of, name_lengths, otsu, score_candidates, \
     softmax_difference, threshold_between
 
@@ -303,11 +303,8 @@ def answer(agent: Agent, prompts: Sequence[list[int]], contexts: Sequence[Sequen
            watch: Callable | None = None) -> list[tuple[dict, int]]:
     """Greedy decoding of the answers to prompts, which continue `cache`, by adapters where there are any; and their lengths.
     contexts: the prompts with what the cache holds, in tokens."""
-    eos, limit = agent.tokenizer.eos, config.max_new_tokens
-    if len(prompts) == 1:
-        rows = [speculate(agent.model, prompts[0], eos, limit, cache, contexts[0], watch=watch)]
-    else:
-        rows = generate(agent.model, prompts, eos, limit, cache, watch=watch, keep=lambda places: keep_rows(agent.model, places))
+    rows = generate(agent.model, prompts, agent.tokenizer.eos, config.max_new_tokens, cache, watch=watch, contexts=contexts,
+                    keep=lambda places: keep_rows(agent.model, places))
     return [({"text": agent.tokenizer.decode(ids)}, len(ids)) for ids in rows]
 
 
@@ -1069,8 +1066,7 @@ def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, st
                              f"model's context of {model.config.max_position_embeddings}: lower --max-new-tokens, or leave it out")
     if config.adapter:
         merge_adapter(model, *load_adapter(Path(config.adapter), model))
-    if wants_packing(model, config):
-        model.pack()
+    pack(model, config)
     found, agent = facts(model, everything), Agent(model, tokenizer, PrefixCaches(model), others=tuple(s.without_answers() for s in everything))
     if len(everything) < 2 and any(each.pairs == "unrelated" for each in configs):
         raise ValueError("--pairs unrelated: there is no other sample")
@@ -1088,9 +1084,10 @@ def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, st
     return agent, samples, found
 
 
-def wants_packing(model: Qwen2, config: Config) -> bool:
+def pack(model: Qwen2, config: Config) -> None:
     """--pack, where it is of use: a small model's time goes into calls, not into products."""
-    return config.pack and model.device.type == "cpu" and model.config.hidden_size > 512 and torch.backends.mkldnn.is_available()
+    if config.pack and model.device.type == "cpu" and model.config.hidden_size > 512 and torch.backends.mkldnn.is_available():
+        model.pack()
 
 
 def load_teacher(config: Config, device: torch.device) -> tuple[Writer, str]:
@@ -1099,8 +1096,7 @@ def load_teacher(config: Config, device: torch.device) -> tuple[Writer, str]:
         return RemoteWriter(config.teacher, config.teacher_model), f"{config.teacher} {config.teacher_model}"
     folder = TINY if config.teacher == "tiny" else find_checkpoint(config.teacher, config.offline, "--teacher")
     model = load_model(folder, device, getattr(torch, config.dtype))
-    if wants_packing(model, config):
-        model.pack()
+    pack(model, config)
     return local_writer(model, Tokenizer(folder), PrefixCaches(model)), fingerprint(model)
 
 

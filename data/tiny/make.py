@@ -1,6 +1,6 @@
 """The tiny checkpoint's world: endless small tool-call tasks, and the bundled samples made of them.
 
-    python data/tiny/make.py                    # the samples, then the checkpoint: some 135 minutes on one busy core
+    python data/tiny/make.py                    # the samples, then the checkpoint: 132 minutes in two parts, on one busy core
     python data/tiny/make.py --samples          # writes data/samples/*.json again, the same bytes each time
 
 A task is put together from parts: a tool is a verb and a thing ("get", "hotel review") with a few parameters, each of
