@@ -12,7 +12,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 
 import torch
@@ -50,6 +50,7 @@ class Pair:
     # (a model that leaves out the tags, trained to write them, goes on with further calls).
     text: str
     votes: int = 1                      # how many of the sampled labels agreed
+    fits: bool = True                   # whether its calls fit the tools' schema
 
 
 @dataclass(frozen=True)
@@ -235,46 +236,54 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 # ------------------------------------------------------------------------------------------------------------- pairs
 
+@dataclass
+class Found:
+    """What came of the tries for one sample."""
+    pairs: list[Pair] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)      # all that was written, which is what it cost
+
+
 def synthesize(writer: Writer, samples: Sequence[Sample], k: int = 1, mode: str = "request", temperature: float = 0.7, top_p: float = 0.95,
-               seed: int = 0, filter: str = "schema") -> list[tuple[list[Pair], list[Rejected]]]:
+               seed: int = 0, filter: str = "schema") -> list[Found]:
     """For each sample up to k pairs (x', y'), and the tries that failed; at most TRIES tries a pair.
 
     mode "joint" (the paper's way): request and call in one go. "request": the request, then LABELS samples of its calls, of
-    which the majority is kept. filter: "none" keeps what was written (of several calls the first); "schema" what fits the
-    tools; "consistent" only what more than half of LABELS sampled answers to the request agree with, too.
+    which the majority is kept. filter: "none" keeps what was written; "schema" what fits the tools; "consistent" only what
+    more than half of LABELS sampled answers to the request agree with, too.
     """
-    found: list[tuple[list[Pair], list[Rejected]]] = [([], []) for _ in samples]
-    seeds = [request_text(sample) for sample in samples]
-    asks = [(pair_prompt(sample, mode), PAIR_START.format(request=seed_request)) for sample, seed_request in zip(samples, seeds)]
+    found = [Found() for _ in samples]
+    limit, labels = MAX_REQUEST_TOKENS + (MAX_CALL_TOKENS if mode == "joint" else 0), LABELS if filter != "none" else 1
     for attempt in range(TRIES * k):
-        todo = [i for i, (pairs, _) in enumerate(found) if len(pairs) < k]
+        todo = [(sample, own) for sample, own in zip(samples, found) if len(own.pairs) < k]
         if not todo:
             break
-        limit = MAX_REQUEST_TOKENS + (MAX_CALL_TOKENS if mode == "joint" else 0)
-        written = [texts[0] for texts in writer([asks[i] for i in todo], limit, temperature, top_p,
-                                                [[(seed, samples[i].id, "pair", attempt)] for i in todo])]
-        drafts = []                                     # (sample, request, what follows it, all that was written)
-        for i, text in zip(todo, written):
+        written = writer([(pair_prompt(sample, mode), PAIR_START.format(request=request_text(sample))) for sample, _ in todo],
+                         limit, temperature, top_p, [[(seed, sample.id, "pair", attempt)] for sample, _ in todo])
+        drafts = []                                     # (sample, what it has so far, request, what follows it, all that was written)
+        for (sample, own), (text,) in zip(todo, written):
+            own.texts.append(text)
             line, _, rest = text.strip().partition("\n")
             request = line.strip().removesuffix('"').strip()
-            reason = check_request(request, seeds[i] if filter != "none" else "")
-            if not reason and any(request == pair.request for pair in found[i][0]):
+            reason = check_request(request, request_text(sample) if filter != "none" else "")
+            if not reason and any(request == pair.request for pair in own.pairs):
                 reason = "copy of an earlier pair"
             if reason:
-                found[i][1].append(Rejected(text, reason))
+                own.rejected.append(Rejected(text, reason))
             else:
-                drafts.append((i, request, rest.strip(), text))
-        labels = [[]] * len(drafts)
+                drafts.append((sample, own, request, rest.strip(), text))
+        answers = [[] for _ in drafts]
         if drafts and (mode == "request" or filter == "consistent"):
-            count = LABELS if filter != "none" else 1
-            labels = writer([(call_prompt(with_request(samples[i], request)), "") for i, request, _, _ in drafts], MAX_CALL_TOKENS, temperature,
-                            top_p, [[(seed, samples[i].id, "label", attempt, j) for j in range(count)] for i, _, _, _ in drafts])
-        for (i, request, rest, whole), texts in zip(drafts, labels):
-            text, votes, reason = label(samples[i], rest, texts, mode, filter)
+            answers = writer([(call_prompt(with_request(sample, request)), "") for sample, _, request, _, _ in drafts], MAX_CALL_TOKENS,
+                             temperature, top_p, [[(seed, sample.id, "label", attempt, j) for j in range(labels)] for sample, *_ in drafts])
+        for (sample, own, request, rest, text), sampled in zip(drafts, answers):
+            own.texts += sampled
+            answer, votes, reason = label(sample, rest, sampled, mode, filter)
             if reason:
-                found[i][1].append(Rejected("\n".join([whole, *texts[:1]]), reason))
+                own.rejected.append(Rejected("\n".join([text, *sampled[:1]]), reason))
             else:
-                found[i][0].append(Pair(request, parse_calls(text).calls, text.strip(), votes))
+                calls = parse_calls(answer).calls
+                own.pairs.append(Pair(request, calls, answer.strip(), votes, not check_calls(calls, sample)))
     return found
 
 
@@ -282,7 +291,8 @@ def label(sample: Sample, written: str, texts: Sequence[str], mode: str, filter:
     """The answer of a pair as text, the votes for it, and why it is not kept or "". written: what followed the request;
     texts: the sampled answers to it, if any."""
     if filter == "none":
-        return (texts or [written])[0], 1, ""
+        text = (texts or [written])[0]
+        return text, 1, "" if text.strip() else "no call could be read"
     text, votes, reasons = majority(texts, sample, LABELS // 2 + 1 if filter == "consistent" else AGREE) if texts else (written, 1, {})
     if not text:
         return "", votes, reasons.most_common(1)[0][0] if reasons else "no call could be read"

@@ -1,7 +1,7 @@
-"""Scoring an answer against a sample's gold calls (the one file that reads `Sample.answers`), and what runs come to.
+"""Scoring an answer against a sample's gold calls, and what runs come to.
 
     python evaluate.py runs/*                                            # tables of several runs: compared, with intervals
-    python evaluate.py runs/* --markdown | --json                            # the same for a README, or for a machine
+    python evaluate.py runs/* --markdown                                      # the same for a README (--json: for a machine)
     python evaluate.py runs/nexusraven-tiny-ttsi-s0 --sample nexusraven-7     # one sample's story
     python evaluate.py runs/nexusraven-tiny-ttsi-s0 --verify                  # is the run whole, and scored right?
     python evaluate.py runs/nexusraven-tiny-ttsi-s0 --uncertainty --plot plots     # which score knows what is wrong?
@@ -27,7 +27,7 @@ from augment import argument_values, distinct_2, rouge_l
 from data import Sample, call_text, load
 from data.calls import Call, call_key, parse_calls
 from uncertainty import RANKING, SCORES, bootstrap, calibration, cross_fitted, cumulative, gain_budget, gate_rates, interval, ranking, \
-    reliability, risk_coverage, threshold_between
+    relative_softmax, reliability, risk_coverage, threshold_between
 
 
 @dataclass(frozen=True)
@@ -106,23 +106,38 @@ def reachable(sample: Sample) -> bool:
 # The paper's figures, in percent: Qwen2.5-1.5B-Instruct, the whole benchmark, means of 5 seeds.
 PAPER_GAIN = {"toolalpaca": 5.84, "nexusraven": 6.05, "sealtool": 5.76, "apibank": 4.26}
 PAPER_SEALTOOL = "66.37 -> 72.43"
-PAPER = {       # (benchmark, method, gate, pairs, tau): accuracy
+PAPER = {       # (benchmark, method, gate, pairs, tau), or so much of it as matters: accuracy
     ("sealtool", "base"): 66.37, ("sealtool", "ttsi", "score", "self", 0.95): 72.43, ("sealtool", "ttsi", "all", "self"): 73.47,
     ("sealtool", "ttsi", "certain", "self", 0.95): 70.07, ("sealtool", "ttsi", "score", "self", 0.35): 68.10,
     ("sealtool", "sft"): 70.20, ("sealtool", "ttsi", "all", "gold"): 78.89}
+PAPER_SETTING = {"limit": 0, "k": 1, "adapt": "full", "rank": 8, "alpha": 16.0, "epochs": 5, "lr": 1e-4, "reset": "sample", "filter": "schema",
+                 "gate_score": "margin", "budget": 0.0, "train_limit": 0}
 PAPER_MEANS = {"ttsi": "+5.48 / +3.85 / +3.46", "ttd": "+6.42 / +5.53 / +6.11"}     # gain in direct answers / vote / pass@5
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file of a run folder; FileNotFoundError or ValueError in one sentence otherwise."""
+def as_in_paper(config: dict) -> bool:
+    """Whether a run is of the paper's model, benchmark and settings, so that its figures may stand beside the paper's. How pairs are
+    written, which the paper leaves open, is no part of that."""
+    source = config.get("data", "")
+    return Path(config.get("model", "")).name == "Qwen2.5-1.5B-Instruct" and source != "bundled" and not Path(source).is_file() \
+        and all(config.get(name, value) == value for name, value in PAPER_SETTING.items())
+
+
+def read_json(path: Path, shape: dict | None = None) -> dict:
+    """A JSON object of a run folder, with at least what `shape` has; FileNotFoundError or ValueError in one sentence otherwise."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist: is {path.parent} a run folder of train.py?") from error
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not fits(value, shape or {}):
+        raise ValueError(f"{path}: is not as train.py wrote it: restore it, or choose another folder")
+    return value
 
 
+CONFIG = {"bench": str, "data": str, "limit": int, "offline": bool}         # what is read of a run's files, whatever else they hold
+FACTS = {name: str for name in ("config", "data", "weights", "code", "torch", "python")}
 ANSWER = {"text": str, **{f.name: f.type for f in fields(Verdict)}}
 RECORD = {"id": str, "request": str, "margin": float, "uncertain": bool, "gate": str, "tau": float, "scores": {...: float},
           "candidates": {...: float}, "outcome": str, "base": ANSWER, "answer": ANSWER,
@@ -185,7 +200,7 @@ def parts(record: dict) -> list[tuple[str, dict]]:
 
 def verify(folder: Path) -> list[str]:
     """What is wrong with a run, in words; nothing if its records are whole, of this data, and scored as they would be now."""
-    config, facts, wrong = read_json(folder / "config.json"), read_json(folder / "facts.json"), []
+    config, facts, wrong = read_json(folder / "config.json", CONFIG), read_json(folder / "facts.json", FACTS), []
     samples = samples_of(config)
     records, known = {record["id"]: record for record in read_records(folder)}, {sample.id: sample for sample in samples}
     if facts["config"] != digest_file(folder / "config.json"):
@@ -212,7 +227,7 @@ def verify(folder: Path) -> list[str]:
     return wrong
 
 
-DROPPED = {     # outcomes of an adaptation that was not to be had, after which the direct answer stands
+DROPPED = {     # outcomes of an adaptation that failed, after which the direct answer stands
     "non-finite": "were not finite and were dropped", "out of memory": "did not fit into the memory; the direct answers stand",
     "too long": "exceeded the model's context; the direct answers stand"}
 
@@ -226,7 +241,7 @@ def mean(values: Iterable[float]) -> float:
 def summarise(records: Sequence[dict]) -> dict:
     """What a run comes to: counts, accuracies as shares in [0, 1], and the seconds of each stage, summed."""
     n = len(records)
-    right = [(r["base"]["exact"], r["answer"]["exact"]) for r in records]
+    right, drawn = [(r["base"]["exact"], r["answer"]["exact"]) for r in records], [r["sampled"] for r in records if r["sampled"]]
     seconds = Counter()
     for record in records:
         seconds.update(record["seconds"])
@@ -238,8 +253,8 @@ def summarise(records: Sequence[dict]) -> dict:
         "fixed": sum(a and not b for b, a in right), "harmed": sum(b and not a for b, a in right),
         **{f"{when}_{measure}": mean(float(r[when][measure]) for r in records)
            for when in ("base", "answer") for measure in ("strict", "parsed", "name_correct", "name_f1", "argument_f1")},
-        "pass_at_k": mean(any(s["exact"] for s in r["sampled"] or [r["answer"]]) for r in records),     # any of a sample's answers right
-        "k": max((len(r["sampled"]) for r in records), default=0),
+        "pass_at_k": mean(any(s["exact"] for s in sampled) for sampled in drawn),       # any of a sample's sampled answers right
+        "k": max(map(len, drawn), default=0), "sampled": len(drawn),
         "reachable": mean(r["reachable"] for r in records),
         "reasons": dict(Counter(r["answer"]["reason"].partition(":")[0] for r in records if r["answer"]["reason"]).most_common()),
         "rejected": dict(Counter(j["reason"].partition(":")[0] for r in records for j in r["rejected"]).most_common()),
@@ -261,8 +276,10 @@ def read_runs(folders: Sequence[Path], rescored: bool = False) -> list[Run]:
 
 
 def uses_labels(config: dict) -> bool:
-    """Whether a run's answers owe something to the gold calls."""
-    return config.get("gate") == "oracle" or config.get("pairs") == "gold"
+    """Whether a run's answers owe something to the gold calls of the test samples."""
+    method = config.get("method")
+    return config.get("gate") == "oracle" and method not in ("base", "icl", "sft", "retry") or \
+        config.get("pairs") == "gold" and method in ("ttsi", "tticl")
 
 
 def table(runs: Sequence[Run], markdown: bool = False) -> str:
@@ -288,8 +305,8 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
                          + (f" ({PAPER_SEALTOOL})" if config["bench"] == "sealtool" else ""))
         if summary["k"]:
             voted = mean(r["vote"]["exact"] for r in records if r.get("vote"))
-            note(f"pass@{summary['k']} {100 * summary['pass_at_k']:.1f}, any of the sampled answers being right; their majority, where "
-                 f"sampled, {percent(voted)}")
+            note(f"of the {summary['sampled']} samples with sampled answers, pass@{summary['k']} {percent(summary['pass_at_k'])}, the majority "
+                 f"{percent(voted)}")
         if config.get("tau") == "auto" or config.get("budget"):
             note(chosen_tau(records))
         for outcome, what in DROPPED.items():
@@ -299,8 +316,8 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
             note(f"at most {summary['reachable']:.1%} can be reached: elsewhere a gold call's tool is not offered")
         if uses_labels(config):
             note("uses labels")
-    return "\n".join([grid(rows, markdown), *(f"{', '.join(names) if len(names) < len(runs) or len(names) == 1 else 'all runs'}: {text}"
-                                              for text, names in notes.items())])
+    return ("\n\n" if markdown else "\n").join([grid(rows, markdown), *(
+        f"{', '.join(names) if len(names) < len(runs) or len(names) == 1 else 'all runs'}: {text}" for text, names in notes.items())])
 
 
 # ------------------------------------------------------------------------------------------------ is a gain real?
@@ -335,8 +352,10 @@ def nested_bootstrap(gain: torch.Tensor, times: int = 2000) -> torch.Tensor:
 
 
 def detectable(n: int, discordant: float = 0.15) -> float:
-    """The smallest gain, as a share, that one run over n samples finds with 80 % power at 5 %, where so many answers change."""
-    return (1.959964 + 0.841621) * math.sqrt(discordant / n)
+    """The smallest gain, as a share, that one run over n samples finds with 80 % power at 5 %, where that share of the answers changes
+    (or, if the gain is larger, as many as it takes)."""
+    z = 1.959964 + 0.841621
+    return max(z * math.sqrt(discordant / n), z * z / n)
 
 
 def pass_at(k: int, drawn: int, right: int) -> float:
@@ -349,28 +368,38 @@ def pass_at(k: int, drawn: int, right: int) -> float:
 FREE = ("limit", "batch", "checkpointing", "pack", "out", "device", "offline", "verbose", "overwrite")     # options that change no result
 
 
+OF_BENCH = ("bench", "data", "train_data")          # options that another benchmark brings with it
+
+
 def grouped(runs: Sequence[Run]) -> list[dict]:
-    """The runs that differ in nothing but their seed, together: benchmark, name (the options that differ among the runs at
-    hand), configuration, and the runs' records, which are about the same samples."""
+    """The runs that differ in nothing but their seed, together: benchmark, name (the options that differ among the runs at hand),
+    configuration, `same` (equal for what differs in nothing but the benchmark), the runs' records, which are about the same samples,
+    and how many samples are left out for that."""
     # an option that is off, and one that this run's version did not have, are alike
     runs = [({name: value for name, value in config.items() if value != "" and value is not False}, records) for _, config, records in runs if records]
     tasks = {json.dumps([config.get("bench"), config.get("model")]) for config, _ in runs}
     def differ(name):           # within a benchmark and a model, or among them; the learning rate has another default for each model
         values = {task: {json.dumps(c.get(name)) for c, _ in runs if json.dumps([c.get("bench"), c.get("model")]) == task} for task in tasks}
-        return max(map(len, values.values())) > 1 or name not in ("lr", "data") and len(set().union(*values.values())) > 1
+        return max(map(len, values.values())) > 1 or name not in ("lr", *OF_BENCH) and len(set().union(*values.values())) > 1
+    def short(name, value):     # a path by its last part, if that is enough to tell it from others
+        others = {str(config[name]) for config, _ in runs if name in config}
+        return Path(str(value)).name if len({Path(other).name for other in others}) == len(others) else str(value)
     varied = [name for name in dict.fromkeys(name for config, _ in runs for name in config)
               if name not in (*FREE, "seed", "bench", "method") and differ(name)]
     groups: dict[str, dict] = {}
     for config, records in runs:
-        said = [str(config.get("method", "run")), *(f"{name} {Path(str(config[name])).name}" for name in varied if name in config)]
+        said = [str(config.get("method", "run")), *(f"{name} {short(name, config[name])}" for name in varied if name in config)]
         said += ["(uses labels)"] * uses_labels(config)
-        key = json.dumps({name: value for name, value in config.items() if name not in (*FREE, "seed")}, sort_keys=True)
+        fixed = {name: value for name, value in config.items() if name not in (*FREE, "seed")}
+        key, same = (json.dumps({name: value for name, value in fixed.items() if name not in but}, sort_keys=True) for but in ((), OF_BENCH))
         bench = config.get("bench", "") + (", bundled" if config.get("data") == "bundled" else "")
-        group = groups.setdefault(key, {"bench": bench, "name": " ".join(said), "config": config, "runs": {}})
-        group["runs"].setdefault(config.get("seed"), {record["id"]: record for record in records})      # the same seed twice is one
+        group = groups.setdefault(key, {"bench": bench, "name": " ".join(said), "config": config, "same": same, "runs": {}})
+        of_seed = group["runs"].setdefault(config.get("seed"), {})
+        of_seed |= {record["id"]: record for record in records if record["id"] not in of_seed}          # the same seed twice is one
     for group in groups.values():                       # a run that was stopped lacks samples: compare those that all have
         runs = list(group["runs"].values())
         group["runs"] = [[run[id] for id in runs[0] if all(id in other for other in runs)] for run in runs]
+        group["left out"] = len(set().union(*runs)) - len(group["runs"][0])
     return [group for group in groups.values() if group["runs"][0]]
 
 
@@ -379,40 +408,66 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def compare(groups: Sequence[dict]) -> list[dict]:
-    """For each group: accuracy before and after, the gain with its interval and tests, what was fixed, and what it cost."""
-    rows = []
-    for group in groups:
-        runs, n, config = group["runs"], len(group["runs"][0]), group["config"]
-        gain = torch.tensor([[r["answer"]["exact"] - r["base"]["exact"] for r in run] for run in runs])
-        fixed, harmed = [(g > 0).sum().item() for g in gain], [(g < 0).sum().item() for g in gain]
-        wrong = [r for run in runs for r in run if not r["base"]["exact"]]
-        kinds = Counter(kind_of(r["base"]["reason"]) for run in runs for r in run if r["answer"]["exact"] and not r["base"]["exact"])
-        low, high = interval(nested_bootstrap(gain)) if gain.any() else (0.0, 0.0)
-        method, gate, pairs, tau = (config.get(key) for key in ("method", "gate", "pairs", "tau"))
-        ours = config.get("k", 1) != 1 or config.get("reset", "sample") != "sample" or config.get("adapt", "full") != "full"
-        keys = [] if ours and method != "base" else [(group["bench"], method, *rest) for rest in ((gate, pairs, tau), (gate, pairs), ())]
-        published = next((PAPER[key] for key in keys if key in PAPER), math.nan)
-        acted = [r for run in runs for r in run if r.get("acted", r["uncertain"]) and method != "base"]
-        draw = mean(r["seconds"]["sampled"] / len(r["sampled"]) if r["sampled"] and "sampled" in r["seconds"] else r["seconds"].get("base", 0.0)
-                       for run in runs for r in run)
-        extra = mean(sum(s for stage, s in r["seconds"].items() if stage in (
-            "pairs", "train", "answer", *(["sampled"] if method in ("vote", "retry") else []))) for r in acted)
-        rows.append({
-            "bench": group["bench"], "name": group["name"], "n": n, "seeds": len(runs),
-            "base": mean(r["base"]["exact"] for run in runs for r in run),
-            "base interval": wilson(sum(r["base"]["exact"] for r in runs[0]), n),
-            "after": spread([mean(r["answer"]["exact"] for r in run) for run in runs]), "gain": gain.double().mean().item(),
-            "interval": (low, high), "fixed": sum(fixed), "harmed": sum(harmed), "p": median(map(mcnemar, fixed, harmed)),
-            "detectable": detectable(n), "uncertain": mean(r["uncertain"] for run in runs for r in run),
-            "acted": len(acted) / n / len(runs), "TPR": mean(r.get("acted", r["uncertain"]) for r in wrong),
-            **{f"fixed {kind}": kinds[kind] for kind in ("format", "name", "argument")}, "seconds": mean(sum(r["seconds"].values()) for run in runs for r in run),
-            "tokens": mean(sum(r.get("tokens", {}).values()) for run in runs for r in run), "extra seconds": extra,
-            "draws": extra / draw if draw else math.nan, "paper": published})
-    for name in {row["name"] for row in rows}:
-        same = [row for row in rows if row["name"] == name]
-        for row, p in zip(same, holm([row["p"] for row in same])):
+    """For each group: accuracy before and after, the gain with its interval and tests, what was fixed, and what it cost. Where a
+    configuration was run on several benchmarks, also their mean."""
+    rows = [gains(group, draw_seconds(group, groups)) for group in groups]
+    for same in dict.fromkeys(group["same"] for group in groups):
+        ours = [row for row, group in zip(rows, groups) if group["same"] == same]
+        for row, p in zip(ours, holm([row["p"] for row in ours])):
             row["holm"] = p
+        if len({row["bench"] for row in ours}) > 1:
+            rows.append(mean_of(ours))
+    for row in rows:
+        del row["drawn"], row["by seed"]
     return rows
+
+
+def draw_seconds(group: dict, groups: Sequence[dict]) -> float:
+    """What one sampled answer costs, in seconds: the mean over all runs of the group's benchmark and model; without any, of the
+    greedy answers."""
+    def task(other): return other["config"].get("bench"), other["config"].get("model")
+    records = [r for other in groups if task(other) == task(group) for run in other["runs"] for r in run]
+    return mean(r["seconds"]["sampled"] / len(r["sampled"]) for r in records if r["sampled"] and "sampled" in r["seconds"]) \
+        if any(r["sampled"] for r in records) else mean(r["seconds"].get("base", 0.0) for r in records)
+
+
+def gains(group: dict, draw: float) -> dict:
+    """The row of one group. draw: the seconds of a sampled answer. "drawn": the bootstrap's gains; "by seed": what was fixed and harmed."""
+    runs, config = group["runs"], group["config"]
+    method, gate, pairs, tau = (config.get(key) for key in ("method", "gate", "pairs", "tau"))
+    everything, n = [r for run in runs for r in run], len(runs[0])
+    gain = torch.tensor([[r["answer"]["exact"] - r["base"]["exact"] for r in run] for run in runs])
+    by_seed = [((g > 0).sum().item(), (g < 0).sum().item()) for g in gain]
+    fixed, harmed = map(sum, zip(*by_seed))
+    kinds = Counter(kind_of(r["base"]["reason"]) for r in everything if r["answer"]["exact"] and not r["base"]["exact"])
+    drawn = nested_bootstrap(gain)
+    keys = [(config.get("bench"), method, *rest) for rest in ((gate, pairs, tau), (gate, pairs), ())] if as_in_paper(config) else []
+    def acts(r): return method != "base" and r.get("acted", r["uncertain"])
+    stages = ("pairs", "train", "answer", *(["sampled"] if method in ("vote", "retry") else []))
+    extra = mean(sum(r["seconds"].get(stage, 0.0) for stage in stages) for r in everything if acts(r))
+    return {
+        "bench": group["bench"], "name": group["name"], "n": n, "seeds": len(runs), "left out": group["left out"],
+        "base": mean(r["base"]["exact"] for r in everything), "base interval": wilson(sum(r["base"]["exact"] for r in runs[0]), n),
+        "after": spread([mean(r["answer"]["exact"] for r in run) for run in runs]), "gain": spread(gain.double().mean(1).tolist()),
+        "drawn": drawn, "interval": interval(drawn) if gain.any() else (math.nan, math.nan), "by seed": by_seed,
+        "fixed": fixed, "harmed": harmed, "net": fixed - harmed, "p": median(mcnemar(*each) for each in by_seed), "detectable": detectable(n),
+        "uncertain": mean(r["uncertain"] for r in everything), "acted": mean(acts(r) for r in everything),
+        "TPR": mean(acts(r) for r in everything if not r["base"]["exact"]),
+        **{f"fixed {kind}": kinds[kind] for kind in ("format", "name", "argument")}, "seconds": mean(sum(r["seconds"].values()) for r in everything),
+        "tokens": mean(sum(r.get("tokens", {}).values()) for r in everything), "extra seconds": extra, "draws": extra / draw if draw else math.nan,
+        "paper": next((PAPER[key] for key in keys if key in PAPER), math.nan)}
+
+
+def mean_of(rows: Sequence[dict]) -> dict:
+    """The mean of a configuration's rows over its benchmarks, each weighing the same; p is of all their samples pooled."""
+    row = {key: mean(r[key] for r in rows) for key, value in rows[0].items() if isinstance(value, float)}
+    row |= {key: sum(r[key] for r in rows) for key, value in rows[0].items() if isinstance(value, int)}
+    seeds = list(zip(*(r["by seed"] for r in rows)))                      # of each seed: what each benchmark fixed and harmed
+    drawn = torch.stack([r["drawn"] for r in rows]).mean(0)               # benchmarks are drawn apart, so in any order
+    def over(key): return {"mean": mean(r[key]["mean"] for r in rows), "sd": math.nan}
+    return row | {"bench": f"mean of {len(rows)}", "name": rows[0]["name"], "seeds": len(seeds), "base interval": (math.nan, math.nan), "after": over("after"),
+                  "gain": over("gain"), "drawn": drawn, "interval": interval(drawn) if drawn.any() else (math.nan, math.nan), "by seed": seeds,
+                  "p": median(mcnemar(*map(sum, zip(*each))) for each in seeds), "holm": math.nan, "detectable": detectable(row["n"]), "paper": math.nan}
 
 
 def kind_of(reason: str) -> str:
@@ -422,18 +477,27 @@ def kind_of(reason: str) -> str:
 
 
 def votes(groups: Sequence[dict]) -> list[dict]:
-    """The paper's Table 1 for runs with sampled answers of every sample: direct, majority vote, and pass@k for k = 1 and all."""
+    """The paper's Table 1 for runs with sampled answers of every sample: direct, majority vote, and pass@k for k = 1, 5 and all."""
     rows = []
     for group in groups:
-        runs = [run for run in group["runs"] if all(r.get("vote") for r in run)]
+        runs, config = [run for run in group["runs"] if all(r.get("vote") for r in run)], group["config"]
         if runs:
-            k = min(len(r["sampled"]) for run in runs for r in run)
-            rows.append({"bench": group["bench"], "name": group["name"], "n": len(runs[0]), "seeds": len(runs), "k": k,
-                         "direct": spread([mean(r["answer"]["exact"] for r in run) for run in runs]),
-                         "vote": spread([mean(r["vote"]["exact"] for r in run) for run in runs]),
-                         **{name: spread([mean(pass_at(size, len(r["sampled"]), sum(s["exact"] for s in r["sampled"])) for r in run) for run in runs])
-                            for name, size in (("pass@1", 1), ("pass@k", k))}, "paper": PAPER_MEANS.get(group["config"].get("method"), "")})
-    return rows
+            most = min(len(r["sampled"]) for run in runs for r in run)
+            direct = "base" if config.get("method") == "vote" else "answer"
+            def over(value): return spread([mean(value(r) for r in run) for run in runs])
+            rows.append({"bench": group["bench"], "name": group["name"], "same": group["same"], "n": len(runs[0]), "seeds": len(runs),
+                         "direct": over(lambda r: r[direct]["exact"]), "vote": over(lambda r: r["vote"]["exact"]),
+                         **{f"pass@{k}": over(lambda r: pass_at(k, len(r["sampled"]), sum(s["exact"] for s in r["sampled"])))
+                            for k in sorted({1, min(5, most), most})},
+                         "paper": PAPER_MEANS.get(config.get("method"), "") if as_in_paper(config) else ""})
+    for same in dict.fromkeys(row["same"] for row in rows):
+        ours = [row for row in rows if row["same"] == same]
+        if len({row["bench"] for row in ours}) > 1:
+            rows.append({"bench": f"mean of {len(ours)}", "name": ours[0]["name"], "same": same, "n": sum(row["n"] for row in ours),
+                         "seeds": min(row["seeds"] for row in ours), "paper": ours[0]["paper"], **{
+                             key: {"mean": mean(row[key]["mean"] for row in ours), "sd": math.nan} for key in ours[0]
+                             if isinstance(ours[0][key], dict) and all(key in row for row in ours)}})
+    return [{key: value for key, value in row.items() if key != "same"} for row in rows]
 
 
 def describe_pairs(groups: Sequence[dict]) -> list[dict]:
@@ -453,7 +517,7 @@ def describe_pairs(groups: Sequence[dict]) -> list[dict]:
                  if len(value) > 2 and value.casefold() in json.dumps([pair["request"], pair["calls"]], ensure_ascii=False).casefold()
                  and value.casefold() not in r["request"].casefold()]
         rows.append({
-            "bench": group["bench"], "name": group["name"], "pairs": len(pairs), "valid": len(pairs) / (len(pairs) + sum(len(r["rejected"]) for r in records)),
+            "bench": group["bench"], "name": group["name"], "pairs": len(pairs), "valid": sum(pair.get("fits", True) for _, pair in pairs) / (len(pairs) + sum(len(r["rejected"]) for r in records)),
             "unique": len(set(requests)) / len(requests), "distinct-2": distinct_2(requests),
             "ROUGE-L": mean(rouge_l(pair["request"], r["request"]) for r, pair in pairs), "copied values": mean(values),
             "tool as direct": mean(names(pair["calls"]) == names([asdict(c) for c in parse_calls(r["base"]["text"]).calls]) for r, pair in pairs),
@@ -484,55 +548,64 @@ def without_nan(value):
 
 
 def percent(value: float, sign: str = "") -> str:
+    """A share in percent, "-" for NaN."""
     return "-" if math.isnan(value) else f"{100 * value:{sign}.1f}"
 
 
-def plus_minus(value: dict[str, float]) -> str:
-    return percent(value["mean"]) + ("" if math.isnan(value["sd"]) else f" ± {100 * value['sd']:.1f}")
+def plus_minus(value: dict[str, float], sign: str = "") -> str:
+    """Mean ± SD in percent; one run has no SD."""
+    return percent(value["mean"], sign) + ("" if math.isnan(value["sd"]) else f" ± {100 * value['sd']:.1f}")
 
 
 def plain(value) -> str:
     return "-" if isinstance(value, float) and math.isnan(value) else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def points(pair: tuple[float, float]) -> str:
-    return f"[{100 * pair[0]:+.1f}, {100 * pair[1]:+.1f}]"
+def between(pair: tuple[float, float], sign: str = "") -> str:
+    """An interval of shares in percent, "-" for NaN."""
+    return "-" if math.isnan(pair[0]) else f"[{percent(pair[0], sign)}, {percent(pair[1], sign)}]"
 
 
-def report(runs: Sequence[Run], markdown: bool = False) -> str:
-    """The runs one by one, and where there are several, compared."""
-    text, groups = [table(runs, markdown)], grouped(runs) if len(runs) > 1 else []
-    def add(title, rows, columns, notes=""):
+def report(runs: Sequence[Run], markdown: bool = False, brief: bool = False) -> str:
+    """The runs one by one and, unless it is to be brief, compared: gains, their cost, votes, pairs, seconds."""
+    text, groups = [table(runs, markdown)], [] if brief else grouped(runs)
+    which = [("bench", str), ("name", str)]
+    def add(title, rows, columns, *notes):
         if rows:
-            shown = [[name for name, _, _ in columns], *([form(row[key]) for _, key, form in columns] for row in rows)]
-            text.append("\n".join(filter(None, [title, *([""] * markdown), grid(shown, markdown), notes])))
-    if groups:
-        which = [("bench", "bench", str), ("run", "name", str)]
-        rows = compare(groups)
-        add("Gains, in points of accuracy", rows, [*which, ("n", "n", str), ("seeds", "seeds", str), ("uncertain", "uncertain", percent),
-            ("acted", "acted", percent), ("TPR", "TPR", percent), ("base", "base", percent), ("after", "after", plus_minus),
-            ("gain", "gain", lambda g: percent(g, "+")), ("95 %", "interval", points), ("fixed", "fixed", str), ("harmed", "harmed", str),
-            ("p", "p", plain), ("Holm", "holm", plain), ("draws", "draws", plain), ("paper", "paper", plain)],
-            "95 %: paired bootstrap over samples, seeds nested. p: exact McNemar, the median of the seeds; Holm: over the benchmarks. draws: how many "
-            "sampled answers cost as many seconds.\nOne run finds, with 80 % power: "
-            + ", ".join(f"{100 * gain:.1f} points with n = {n}" for n, gain in dict.fromkeys((row["n"], row["detectable"]) for row in rows)) + ".")
-        add("Direct answers, majority vote, pass@k (the paper's Table 1; its means of four benchmarks are gains over the base in each)", votes(groups),
-            [*which, ("n", "n", str), ("seeds", "seeds", str), ("k", "k", str), *((name, name, plus_minus) for name in ("direct", "vote", "pass@1", "pass@k")),
-             ("paper", "paper", str)])
-        add("The pairs, and learning them", describe_pairs(groups), [*which, ("pairs", "pairs", str), *((name, name, percent) for name in (
-            "valid", "unique", "distinct-2", "ROUGE-L", "copied values", "tool as direct", "tool as gold")), ("repeats", "repeats", str), ("leaks", "leaks", str),
-            *((name, name, plain) for name in ("first loss", "last loss", "largest norm", "non-finite", "KL"))],
-            "Shares in percent. ROUGE-L: to the sample's request. repeats: the request again. leaks: gold values in a pair that the request does not hold.")
-        rows = latency(groups)
-        stages = dict.fromkeys(name for row in rows for name in row if name not in ("bench", "name"))
-        add("Median seconds of each stage, where a sample went through it", [dict.fromkeys(stages, math.nan) | row for row in rows],
-            [*which, *((stage, stage, plain) for stage in stages)])
+            shown = [[name if name != "name" else "run" for name, _ in columns], *([form(row.get(key, math.nan)) for key, form in columns] for row in rows)]
+            text.append(("\n\n" if markdown else "\n").join([title, grid(shown, markdown), *notes]))
+    rows = compare(groups)
+    left_out = [f"{row['bench']} {row['name']}: {row['left out']} samples that not all of its seeds have are left out." for row in rows if row["left out"]]
+    add("Gains, in points of accuracy", rows, [*which, ("n", str), ("seeds", str), ("uncertain", percent), ("acted", percent), ("TPR", percent), ("base", percent),
+        ("after", plus_minus), ("gain", lambda g: plus_minus(g, "+")), ("interval", lambda i: between(i, "+")), ("fixed", str), ("harmed", str), ("p", plain),
+        ("holm", plain), ("paper", plain)],
+        "interval: 95 %, paired bootstrap over samples, seeds nested. p: exact McNemar, the median of the seeds (of a mean: its samples pooled); holm: over the benchmarks.",
+        "One run finds, with 80 % power, if 15 % of the answers change: "
+        + ", ".join(f"{100 * gain:.1f} points with n = {n}" for n, gain in dict.fromkeys((row["n"], row["detectable"]) for row in rows)) + ".", *left_out)
+    add("What was fixed, and what it cost, a sample", rows, [*which, ("base interval", between), *((f"fixed {kind}", str) for kind in ("format", "name", "argument")),
+        ("net", str), ("seconds", plain), ("tokens", lambda t: f"{t:.0f}"), ("extra seconds", plain), ("draws", plain)],
+        "base interval: Wilson, 95 %. fixed format, name, argument: by what was wrong before. extra seconds: of a sample that the method acts on, beyond its "
+        "direct answer; draws: how many sampled answers cost as many.")
+    rows = votes(groups)
+    add("Direct answers, majority vote, pass@k (the paper's Table 1; its means of four benchmarks are gains over the base in each)", rows,
+        [*which, ("n", str), ("seeds", str), ("direct", plus_minus), ("vote", plus_minus), *((name, lambda v: plus_minus(v) if isinstance(v, dict) else "-")
+         for name in dict.fromkeys(key for row in rows for key in row if key.startswith("pass@"))), ("paper", str)])
+    rows = describe_pairs(groups)
+    add("The pairs, and learning them", rows, [*which, ("pairs", str), *((name, percent) for name in (
+            "valid", "unique", "distinct-2", "ROUGE-L", "copied values", "tool as direct", "tool as gold")), ("repeats", str), ("leaks", str),
+            *((name, plain) for name in ("first loss", "last loss", "largest norm", "non-finite", "KL"))],
+        "Shares in percent; valid: of all tries. ROUGE-L: to the sample's request. repeats: the request again. leaks: gold values in a pair that the request "
+        "does not hold.", *(f"{row['bench']} {row['name']}, rejected: " + ", ".join(f"{reason} {count}" for reason, count in row["rejected"].items()) + "."
+                            for row in rows if row["rejected"]))
+    rows = latency(groups)
+    add("Median seconds of each stage, where a sample went through it", rows,
+        [*which, *((stage, plain) for stage in dict.fromkeys(name for row in rows for name in row if name not in ("bench", "name")))])
     return "\n\n".join(text)
 
 
 def rescore(folder: Path) -> list[dict]:
     """The records of a run with the verdicts that its stored texts would be given now; the files stay as they are."""
-    config, records = read_json(folder / "config.json"), read_records(folder)
+    config, records = read_json(folder / "config.json", CONFIG), read_records(folder)
     samples = {sample.id: sample for sample in samples_of({**config, "offline": True})}
     for record in records:
         if record["id"] not in samples:
@@ -729,9 +802,8 @@ def printable(text: str) -> str:
 
 def story(record: dict) -> str:
     """What happened to one sample, for the terminal: candidates, margin, pairs, losses, the answer before and after."""
-    l = list(record["candidates"].values())
-    weights = [math.exp(value - max(l)) for value in l]
-    chances = sorted(zip((w / sum(weights) for w in weights), record["candidates"]), reverse=True)
+    p = relative_softmax(torch.tensor(list(record["candidates"].values()), dtype=torch.float64)).tolist()
+    chances = sorted(zip(p, record["candidates"]), reverse=True)
     def verdict(part): return ("right  " if part["exact"] else "wrong  ") + f"{part['text']}" + \
         (f"   ({part['reason']})" if part["reason"] else "")
     gate, tau = record["gate"], record["tau"]
@@ -754,7 +826,7 @@ def calls_line(calls: Sequence[dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: the table of some run folders, or the story of one sample."""
+    """The program; gives its exit code: 0, 1 if --verify found a fault, 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of train.py")
     parser.add_argument("--sample", metavar="ID", help="tell the story of one sample of the run")

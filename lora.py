@@ -123,8 +123,8 @@ def load_adapter(folder: Path, model: nn.Module) -> tuple[Params, float]:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: damaged adapter_config.json or adapter_model.safetensors ({error})") from error
-    if "lora_alpha" not in config or not tensors:
-        raise ValueError(f"{folder}: the adapter has no {'tensors' if 'lora_alpha' in config else 'lora_alpha'}")
+    if not isinstance(config, dict) or "lora_alpha" not in config or not tensors:
+        raise ValueError(f"{folder}: the adapter has no {'lora_alpha' if tensors else 'tensors'}")
     for key, known in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False),
                        ("rank_pattern", {}), ("alpha_pattern", {})):
         if config.get(key, known) not in (known, None):

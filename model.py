@@ -13,6 +13,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -498,6 +499,13 @@ class Tokenizer:
         generation, config = folder / "generation_config.json", folder / "config.json"
         eos = read_json(generation if generation.is_file() else config).get("eos_token_id") or self.im_end
         self.eos: frozenset[int] = frozenset(eos if isinstance(eos, list) else [eos])
+
+    @cached_property
+    def quotes(self) -> list[int]:
+        """Every token that begins with a quotation mark."""
+        # byte-level BPE writes printable ASCII as itself, so the raw vocabulary entry tells the first byte; the added
+        # tokens of a small vocabulary stand as plain text, which begins the same way
+        return sorted(i for token, i in self.bpe.get_vocab(with_added_tokens=True).items() if token.startswith('"'))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text. A lone surrogate, which no UTF-8 can hold, becomes a question mark."""

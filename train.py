@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from augment import Pair, RemoteWriter, Writer, check_calls, local_writer, request_text, sample_texts, synthesize, with_request
+from augment import Found, Pair, RemoteWriter, Writer, check_calls, local_writer, request_text, sample_texts, synthesize, with_request
 from data import Sample, call_prompt, call_text
 from data.calls import Call, calls_key, parse_calls
 from lora import TARGETS, Params, adapters, keep_rows, load_adapter, merge_adapter, new_params, save_adapter, targeted
@@ -56,6 +56,10 @@ BATCH_TOKENS = 1 << 15  # of the prompts that are adapted to together on a GPU
 def option(default, text: str, group: str, **more):
     """A field of Config with what its command-line flag needs to know."""
     return field(default=default, metadata={"help": text, "group": group, **more})
+
+
+def number_or_auto(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 USES = {"teacher": ("ttd",), "train_data": ("icl", "sft")}      # options that only these methods use, and need
@@ -87,7 +91,7 @@ class Config:
     limit: int = option(0, "only the first N samples (0: all)", "what to run")
     tau: float | str = option(0.95, "uncertain where the softmax difference is below tau, in [0, 1] (with another --gate-score: "
                               "where the score is above tau); auto: chosen without labels (Otsu's rule)", "H, uncertainty",
-                              type=lambda text: text if text == "auto" else float(text))
+                              type=number_or_auto)
     budget: float = option(0.0, "choose tau, without labels, so that this share of the samples is uncertain, in (0, 1]; "
                            "u = 1, as with a single tool, is never uncertain",
                            "H, uncertainty")
@@ -170,9 +174,6 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {allowed}")
 
 
-FREE = evaluate.FREE    # may differ when a run goes on
-
-
 @dataclass
 class Record:
     """What happened to one sample: a line of records.jsonl. Verdicts are added after the method has finished."""
@@ -199,7 +200,7 @@ class Record:
     gold: str = ""                                              # filled with the verdicts, for the reader
     reachable: bool = True                                      # whether the gold's tools are all on offer
     seconds: dict[str, float] = field(default_factory=dict)     # stage -> s
-    tokens: dict[str, int] = field(default_factory=dict)        # stage -> tokens read (prefill, train) or written (base, answer)
+    tokens: dict[str, int] = field(default_factory=dict)        # stage -> tokens read (prefill, train) or written (the others)
 
 
 @contextmanager
@@ -223,6 +224,7 @@ class Agent:
     others: tuple[Sample, ...] = ()                     # the test samples, without answers: unrelated pairs are like one of them
     training: tuple[Sample, ...] = ()                   # of icl and sft, with answers
     adapter: Params = field(default_factory=dict)       # of sft, and the one that --reset never goes on with
+    adapter_seconds: float = 0.0                        # what the training of sft took, as a sample's share
 
 
 Example = tuple[list[int], list[int]]       # prompt ids, answer ids; the loss is on the answer's
@@ -374,7 +376,7 @@ def decide(record: Record, config: Config) -> None:
     record.tau = config.tau
     record.uncertain = record.margin < config.tau if config.gate_score == "margin" else not record.scores[config.gate_score] <= config.tau
     record.outcome = "direct" if record.uncertain else "certain"
-    if config.method in TRAINED_BEFORE or config.gate == "all":
+    if config.method in UNGATED or config.gate == "all":
         record.acted = True
     elif config.gate in ("score", "certain"):
         record.acted = record.uncertain == (config.gate == "score")
@@ -434,16 +436,21 @@ def write_pairs(agent: Agent, todo: Sequence[tuple[Sample, Record]], config: Con
     if lacking := [(sample, record) for sample, record in todo if "pairs" not in record.seconds]:
         with stage([record for _, record in lacking], "pairs"):
             if config.pairs == "gold":
-                written = [([Pair(request_text(sample), sample.answers, in_form_of(record.base["text"], sample.answers))], [])
-                           for sample, record in lacking]
+                written = [Found([Pair(request_text(sample), sample.answers, in_form_of(record.base["text"], sample.answers),
+                                       fits=not check_calls(sample.answers, sample))]) for sample, record in lacking]
             else:                                                         # TT-D: a stronger model writes them
                 writer = agent.teacher if config.teacher else local_writer(agent.model, agent.tokenizer, agent.prefixes)
                 written = synthesize(writer, [subject(agent, sample, config) for sample, _ in lacking], config.k, config.pair,
                                      config.temperature, config.top_p, config.seed, config.filter)
-        for (_, record), (pairs, rejected) in zip(lacking, written):
-            record.pairs, record.rejected = [asdict(p) for p in pairs], [asdict(r) for r in rejected]
+        for (_, record), found in zip(lacking, written):
+            record.pairs, record.rejected = list(map(asdict, found.pairs)), list(map(asdict, found.rejected))
+            record.tokens["pairs"] = count_tokens(agent, found.texts)
     for _, record in todo:
         record.outcome = "adapted" if record.pairs else "no pair"
+
+
+def count_tokens(agent: Agent, texts: Sequence[str]) -> int:
+    return sum(len(agent.tokenizer.encode(text)) for text in texts)
 
 
 def in_form_of(text: str, calls: tuple[Call, ...]) -> str:
@@ -589,6 +596,7 @@ def draw(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], con
     for sample, record, texts in zip(samples, records, drawn):
         keys = meanings(sample, texts)
         record.sampled, record.vote = [{"text": text} for text in texts], {"text": texts[keys.index(Counter(keys).most_common(1)[0][0])]}
+        record.tokens["sampled"] = count_tokens(agent, texts)
     return drawn
 
 
@@ -612,13 +620,14 @@ ASK_AGAIN = ("You were not sure of this answer. Think again from the start, and 
 def with_sft(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
     """SFT: the answers of the one adapter that `supervised` has trained."""
     for record in records:
-        record.outcome = "adapted"
+        record.outcome, record.seconds["train"] = "adapted", round(agent.adapter_seconds, 4)
     answer_adapted(agent, samples, records, agent.adapter, replace(config, adapt="full"))     # which is how it was trained
 
 
-def supervised(agent: Agent, config: Config) -> Params:
+def supervised(agent: Agent, config: Config) -> tuple[Params, dict]:
     """One adapter trained on the training split: AdamW, --epochs passes of shuffled batches of --train-batch, the mean loss over
-    the answers' tokens, and the schedule and clipping of `fine_tune`."""
+    the answers' tokens, and the schedule and clipping of `fine_tune`. Also its seconds, and each step's loss and gradient norm."""
+    start, told = time.perf_counter(), {"seconds": 0.0, "losses": [], "norms": []}
     model, tokenizer = agent.model, agent.tokenizer
     examples = [(tokenizer.chat(call_prompt(s)), [*tokenizer.encode(call_text(s.answers)), tokenizer.im_end]) for s in agent.training]
     params = new_adapters(agent, ["sft"], config)
@@ -642,12 +651,14 @@ def supervised(agent: Agent, config: Config) -> Params:
             optimizer.param_groups[0]["lr"] = config.lr * schedule(step, len(batches), config.warmup)
             optimizer.step()
             bar.update()
+            told["losses"].append(loss.item())
+            told["norms"].append(norm.item())
             bar.set_postfix_str(f"loss {loss.item():.3f}")
-    return {name: tuple(t.detach() for t in pair) for name, pair in params.items()}
+    return {name: tuple(t.detach() for t in pair) for name, pair in params.items()}, told | {"seconds": time.perf_counter() - start}
 
 
 RIVALS = {"vote": vote, "retry": retry, "again": prompted(ask_again), "icl": prompted(few_shot), "sft": with_sft}
-TRAINED_BEFORE = ("icl", "sft")         # from a training split: they answer every sample, whatever the gate
+UNGATED = ("icl", "sft", "retry")       # every sample's, whatever the gate: two learn from a training split, one has a gate of its own
 
 
 def in_halves(work: Callable[[Sequence[Sample]], list[Record]], samples: Sequence[Sample]) -> list[Record]:
@@ -661,6 +672,10 @@ def in_halves(work: Callable[[Sequence[Sample]], list[Record]], samples: Sequenc
     return in_halves(work, samples[:half]) + in_halves(work, samples[half:])
 
 
+def what_failed(error: Exception) -> str:
+    return "too long" if isinstance(error, ContextError) else "out of memory"
+
+
 def improve_or_keep(agent: Agent, samples: Sequence[Sample], config: Config, known: Mapping[str, dict]) -> list[Record]:
     """`self_improve`, with smaller batches where need be; a sample that cannot be adapted alone keeps its direct answer."""
     def records_of(part): return [Record(**copy.deepcopy(known[s.id])) for s in part] if all(s.id in known for s in part) else []
@@ -671,7 +686,7 @@ def improve_or_keep(agent: Agent, samples: Sequence[Sample], config: Config, kno
         except (torch.OutOfMemoryError, ContextError) as error:
             if len(part) > 1:
                 raise
-            why = "too long" if isinstance(error, ContextError) else "out of memory"
+            why = what_failed(error)
         record, = records_of(part) or assess(agent, part, config)
         decide(record, config)
         forget(record)
@@ -738,7 +753,7 @@ def clear(folder: Path) -> None:
         for old in (folder / "adapter", *folder.glob("stream-*")):
             shutil.rmtree(old, ignore_errors=True)
         for old in (*evaluate.record_files(folder), *folder.glob("assessed-*.jsonl"),
-                    *(folder / f"{name}.json" for name in ("config", "summary", "facts"))):
+                    *(folder / f"{name}.json" for name in ("sft", "config", "summary", "facts"))):
             old.unlink(missing_ok=True)
 
 
@@ -749,19 +764,19 @@ def open_run(folder: Path, config: Config, now: dict[str, str]) -> None:
     """
     if not (folder / "config.json").is_file() and evaluate.record_files(folder):
         raise ValueError(f"{folder} holds records but no config.json: choose another --out, or delete the folder")
-    free = FREE[1:] if needs_all(config) else FREE      # there, the gate depends on which samples there are
+    free = [name for name in evaluate.FREE if name != "limit" or not needs_all(config)]     # else the gate depends on which samples there are
     if (folder / "config.json").is_file():
         before = evaluate.read_json(folder / "config.json")
         other = [f"{name} is {before.get(name)!r} there, {value!r} now" for name, value in asdict(config).items()
                  if name not in free and before.get(name) != value]
-        then = evaluate.read_json(folder / "facts.json") if (folder / "facts.json").is_file() else now
+        then = evaluate.read_json(folder / "facts.json", evaluate.FACTS) if (folder / "facts.json").is_file() else now
         other += [f"the {name} changed" for name in ("data", "weights", *USES) if then.get(name) != now.get(name)]
         if other:
             raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(other)}): choose another --out, "
                              "or start it anew with --overwrite")
         for name in ("code", "torch", "python"):
-            if (before := then[name].split()[-1]) != now[name]:
-                print(f"{folder}: the run was begun with {name} {before:.12}, it goes on with {now[name]:.12}")
+            if (last := then[name].split()[-1]) != now[name]:
+                print(f"{folder}: the run was begun with {name} {last:.12}, it goes on with {now[name]:.12}")
                 now = {**now, name: f"{then[name]} {now[name]}"}        # all that had a part in it
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", asdict(config))
@@ -839,7 +854,9 @@ def look_ahead(agent: Agent, samples: Sequence[Sample], config: Config, folder: 
                known: dict[str, dict]) -> Config:
     """H over all samples, then tau (--budget, --tau auto) and whom --gate random and oracle let through. Gives the config with
     that tau and puts the records so far into `known`; assessed-<rank>.jsonl keeps them, so nothing of H is computed twice."""
-    def assessed(): return {line["id"]: line for path in sorted(folder.glob("assessed-*.jsonl")) for line in map(json.loads, path.open())}
+    def assessed():         # of one sample's lines the last one, but rather one with pairs (--teacher-apart)
+        lines = [line for path in sorted(folder.glob("assessed-*.jsonl")) for line in map(json.loads, path.open())]
+        return {line["id"]: line for line in sorted(lines, key=lambda line: "pairs" in line["seconds"])}
     done = known | assessed()
     share = [sample for sample in samples if sample.id not in done][rank::world]
     wait_for_all(world)                                 # all have read what is there before anyone adds to it
@@ -879,13 +896,24 @@ def teach_apart(agent: Agent, share: Sequence[Sample], config: Config, folder: P
     device, parts = agent.model.device, list(batches(agent, todo, config))
     agent.prefixes.caches.clear()
     agent.model.to("cpu")
-    agent = replace(agent, teacher=load_teacher(config, device)[0])
+    teaching = replace(agent, teacher=load_teacher(config, device)[0])
+
+    def write(part):
+        try:
+            write_pairs(teaching, [(sample.without_answers(), records[sample.id]) for sample in part], config)
+        except (torch.OutOfMemoryError, ContextError) as error:
+            if len(part) > 1:
+                raise
+            record = records[part[0].id]                # no pair, and why
+            record.seconds["pairs"], record.rejected = 0.0, [{"text": "", "reason": what_failed(error)}]
+        return [records[sample.id] for sample in part]
     with tqdm(total=len(todo), unit="sample", desc="teacher", dynamic_ncols=True, disable=rank > 0) as bar:
         for batch in parts:
-            write_pairs(agent, [(sample.without_answers(), records[sample.id]) for sample in batch], config)
-            known.update({sample.id: asdict(records[sample.id]) for sample in batch})
-            append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(known[sample.id]) + "\n").encode() for sample in batch))
+            found = in_halves(write, batch)
+            known.update({record.id: asdict(record) for record in found})
+            append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(asdict(record)) + "\n").encode() for record in found))
             bar.update(len(batch))
+    del teaching                                        # its memory is for the student
     agent.model.to(device)
 
 
@@ -896,11 +924,15 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
     records, known = {record["id"]: record for record in evaluate.read_records(folder)}, {} if known is None else known
     path = folder / ("records.jsonl" if rank == 0 else f"records-{rank}.jsonl")
     share = [sample for sample in samples if sample.id not in records][rank::world]
-    agent = with_adapter(agent, config, folder, len(records), rank, world)
+    agent = with_adapter(agent, config, folder, len(records), len(samples), rank, world)
     config = look_ahead(agent, samples, config, folder, rank, world, known) if needs_all(config) else config
     if config.teacher_apart:
         teach_apart(agent, share, config, folder, rank, known)
     wait_for_all(world)                                 # all have read what is there before anyone adds to it
+    tally = Counter()
+    def count(record): tally.update(base=record["base"]["exact"], now=record["answer"]["exact"], adapted=record["outcome"] == "adapted")
+    for record in records.values():
+        count(record)
     with tqdm(initial=len(records), total=len(records) + len(share), unit="sample", dynamic_ncols=True, disable=rank > 0) as bar:
         for batch in batches(agent, share, config):
             lines, seen = [], [sample if config.pairs == "gold" else sample.without_answers() for sample in batch]
@@ -909,6 +941,7 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
                     part.update(asdict(evaluate.exact_match(part["text"], sample)))
                 record.gold, record.reachable = call_text(sample.answers), evaluate.reachable(sample)
                 records[sample.id] = asdict(record)
+                count(records[sample.id])
                 lines.append((json.dumps(records[sample.id]) + "\n").encode())
                 if config.verbose:
                     bar.write(evaluate.story(records[sample.id]) + "\n")
@@ -918,19 +951,20 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
             if config.reset == "never":                 # by now the records say that the newer one is right
                 shutil.rmtree(folder / f"stream-{len(records) - 1}", ignore_errors=True)
             bar.update(len(batch))
-            now = evaluate.summarise(list(records.values()))
-            bar.set_postfix_str(f"base {now['base_accuracy']:.1%} now {now['accuracy']:.1%} adapted {now['adapted'] / now['n']:.0%}")
+            bar.set_postfix_str(", ".join(f"{name} {count / len(records):.0%}" for name, count in tally.items()))
 
 
-def with_adapter(agent: Agent, config: Config, folder: Path, count: int, rank: int, world: int) -> Agent:
-    """The agent with the adapter that it has before its next sample, the first after `count`: that of sft, trained now if the
+def with_adapter(agent: Agent, config: Config, folder: Path, count: int, n: int, rank: int, world: int) -> Agent:
+    """The agent with the adapter that it has before its next sample, the first of n after `count`: that of sft, trained now if the
     run folder does not have it yet, or with --reset never what the samples so far have taught."""
     agent = replace(agent, training=agent.training[:config.train_limit or None])
     if config.method == "sft":
         if rank == 0 and not (folder / "adapter" / "adapter_config.json").is_file():
-            save_adapter(folder / "adapter", supervised(agent, config), config.alpha, base_model=config.model)
+            params, told = supervised(agent, config)
+            write_json(folder / "sft.json", told)
+            save_adapter(folder / "adapter", params, config.alpha, base_model=config.model)
         wait_for_all(world)
-        return replace(agent, adapter=load_adapter(folder / "adapter", agent.model)[0])
+        return replace(agent, adapter=load_adapter(folder / "adapter", agent.model)[0], adapter_seconds=evaluate.read_json(folder / "sft.json")["seconds"] / n)
     if config.reset == "never" and world > 1:
         raise ValueError("--reset never: one adapter learns from sample to sample, so there can be but one process")
     kept = folder / f"stream-{count}"
@@ -966,9 +1000,10 @@ def parse_args(argv: Sequence[str] | None) -> list[tuple[Config, str]]:
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for f in fields(Config):
-        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
-        groups[f.metadata["group"]] = group
-        text = f.metadata["help"] + ("" if f.default in ("", False, 0.0) else f" (default: {f.default})").replace("%", "%%")
+        if f.metadata["group"] not in groups:
+            groups[f.metadata["group"]] = parser.add_argument_group(f.metadata["group"])
+        group = groups[f.metadata["group"]]
+        text = (f.metadata["help"] + ("" if f.default in ("", False, 0.0) else f" (default: {f.default})")).replace("%", "%%")
         flag = "--" + f.name.replace("_", "-")
         if isinstance(f.default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
@@ -1024,10 +1059,10 @@ def choose(config: Config, part: str = "") -> tuple[Config, str]:
     device = (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu") if config.device == "auto" else config.device
     if config.model:
         model, why = config.model, "as --model says"
-    elif cuda:
+    elif device.startswith("cuda"):
         model, why = "Qwen/Qwen2.5-1.5B-Instruct", "there is a CUDA device; --model changes it"
     else:
-        model, why = "tiny", "no CUDA device was found; --model changes it"
+        model, why = "tiny", f"{'--device ' + device if cuda else 'no CUDA device was found'}; --model changes it"
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
     source = "bundled" if model == "tiny" and not config.data else config.data
     name = "the bundled tiny model" if model == "tiny" else model
@@ -1079,7 +1114,8 @@ def set_up(configs: Sequence[Config]) -> tuple[Agent, list[Sample], dict[str, st
     if path := max(each.train_data for each in configs):
         agent = replace(agent, training=tuple(data.load(config.bench, path)))
         found["train_data"] = evaluate.digest(agent.training)
-        if shared := {json.dumps(s.messages) for s in agent.training} & {json.dumps(s.messages) for s in everything}:
+        def said(sample): return "".join(c for m in sample.messages for c in m["content"].casefold() if c.isalnum())
+        if shared := set(map(said, agent.training)) & set(map(said, everything)):
             raise ValueError(f"--train-data {path}: {len(shared)} of its requests are test samples")
     return agent, samples, found
 
@@ -1116,7 +1152,7 @@ def work(configs: Sequence[Config], sweep: bool, rank: int, world: int) -> int:
         if code := one_run(agent, samples, now, config, list(beside) if sweep else [], rank, world):
             return code
     if rank == 0:
-        print(evaluate.report(evaluate.read_runs([Path(config.out) for config in configs])))
+        print(evaluate.report(evaluate.read_runs([Path(config.out) for config in configs]), brief=len(configs) == 1))
         print(closing_line(evaluate.read_records(Path(config.out)), Path(config.out)))
     return 0
 
@@ -1165,7 +1201,7 @@ def one_run(agent: Agent, samples: list[Sample], now: dict[str, str], config: Co
         if records:
             write_json(folder / "summary.json", evaluate.summarise(records))
         if interrupted:
-            print(evaluate.report(evaluate.read_runs([folder])) if records else "")
+            print(evaluate.report(evaluate.read_runs([folder]), brief=True) if records else "")
             print(f"Interrupted after {len(records)} of {len(samples)} samples: the same command goes on from here"
                   + (" (without --overwrite)." if config.overwrite else "."))
             return 130
@@ -1181,6 +1217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if rank == 0:
                 print(lines[0], flush=True)
             return work(configs, bool(parts[0][1]), rank, world)
+    except KeyboardInterrupt:                           # before the first run began; `one_run` tells of later ones
+        return 130
     except (ValueError, OSError) as error:              # FileNotFoundError and ConnectionError are OSErrors
         print(f"train.py: error: {evaluate.printable(str(error))}", file=sys.stderr)
         return 2

@@ -18,8 +18,7 @@ ANSWER_START = '<tool_call>\n{"name": "'        # what the answer begins with, u
 
 def relative_softmax(log_likelihoods: torch.Tensor) -> torch.Tensor:
     """RSS: p_n = exp(l_n - max_j l_j) / sum_k exp(l_k - max_j l_j) (the paper's Algorithm 1). (N,) nats -> (N,)."""
-    shifted = (log_likelihoods - log_likelihoods.max()).exp()
-    return shifted / shifted.sum()
+    return log_likelihoods.softmax(-1)
 
 
 def softmax_difference(log_likelihoods: torch.Tensor) -> float:
@@ -35,14 +34,6 @@ def softmax_difference(log_likelihoods: torch.Tensor) -> float:
     return first - second
 
 
-def closing_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Every token that begins with a quotation mark. A name is over where one of them comes next, and which one it is
-    (`"`, `",`, ...) depends on what the model means to write after it, so the end's probability is their sum."""
-    # byte-level BPE writes printable ASCII as itself, so the raw vocabulary entry tells the first byte; the added
-    # tokens of a small vocabulary stand as plain text, which begins the same way
-    return sorted(i for token, i in tokenizer.bpe.get_vocab(with_added_tokens=True).items() if token.startswith('"'))
-
-
 @torch.no_grad()
 def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: Sequence[int],
                      names: Sequence[str]) -> torch.Tensor:
@@ -55,6 +46,7 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
         raise ValueError("no candidate to score: the sample offers no tool")
     # paper: a sum over the action's tokens (NLL).
     # ours: the end of the name belongs to the action, as the sum over all tokens that begin with a quotation mark.
+    # Which one of them it is (`"`, `",`, ...) depends on what the model means to write after it.
     start = [*last, *tokenizer.encode(ANSWER_START)]
     tokens = [tokenizer.encode(name) for name in names]
     shared = 0                                          # tokens that all names begin with are read once, too
@@ -66,7 +58,7 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
     hidden = model(ids, cache.fork(len(names)), valid)
     hidden = torch.cat((head[:, -1:].expand(len(names), 1, -1), hidden), dim=1)                           # (N, T + 1, D)
     common = model.logits(head[0, :-1]).log_softmax(-1) if shared else None
-    closing = torch.tensor(closing_tokens(tokenizer), device=model.device)
+    closing = torch.tensor(tokenizer.quotes, device=model.device)
     scores = []
     for row, name in enumerate(tokens):
         rest = name[shared:]

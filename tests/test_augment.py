@@ -71,8 +71,9 @@ class Script:
 def write(monkeypatch, model, tokenizer, *rounds, sample=SAMPLE, **options):
     script = Script(tokenizer, *rounds)
     monkeypatch.setattr(augment, "sample_texts", script)
-    (pairs, rejected), = synthesize(local_writer(model, tokenizer, PrefixCaches(model)), [sample], **options)
-    return pairs, rejected, script
+    found, = synthesize(local_writer(model, tokenizer, PrefixCaches(model)), [sample], **options)
+    assert len(found.texts) == sum(len(keys) for _, keys in script.asked)       # all that was written counts
+    return found.pairs, found.rejected, script
 
 
 def test_request_first_then_its_call_by_vote(monkeypatch, model, tokenizer):
@@ -119,6 +120,7 @@ MAJORITY = [call_text((c,)) for c in (PARIS, PARIS, PARIS, OSLO, UNKNOWN)]
 def test_filters_of_the_majority(monkeypatch, model, tokenizer, labels, filter, kept):
     pairs, rejected, _ = write(monkeypatch, model, tokenizer, *[['Cold in Paris?"'], labels] * 3, filter=filter)
     assert bool(pairs) == kept and len(rejected) == 3 * (not kept) and (not kept or pairs[0].text == labels[0])
+    assert not kept or pairs[0].fits == (filter != "none")
 
 
 @pytest.mark.parametrize("written, filter, reason", [
@@ -129,8 +131,9 @@ def test_filters_of_a_joint_pair(monkeypatch, model, tokenizer, written, filter,
     assert [r.reason for r in rejected] == [reason] * 3 if reason else [p.text for p in pairs] == [call_text((written,))]
 
 
-def test_a_joint_pair_that_ends_after_its_request_is_none(monkeypatch, model, tokenizer):
-    pairs, rejected, _ = write(monkeypatch, model, tokenizer, *[['Cold in Paris?"']] * 3, mode="joint")
+@pytest.mark.parametrize("filter", ["schema", "none"])
+def test_a_joint_pair_that_ends_after_its_request_is_none(monkeypatch, model, tokenizer, filter):
+    pairs, rejected, _ = write(monkeypatch, model, tokenizer, *[['Cold in Paris?"']] * 3, mode="joint", filter=filter)
     assert not pairs and {r.reason for r in rejected} == {"no call could be read"}
 
 

@@ -1,7 +1,6 @@
 """What a run comes to: the numbers of a run folder, the table, and one sample's story."""
 import itertools
 import json
-
 import math
 
 import pytest
@@ -119,8 +118,9 @@ def test_holm_by_hand():
     assert evaluate.holm([0.5, 0.9]) == [1.0, 1.0] and evaluate.holm([]) == []
 
 
-@pytest.mark.parametrize("n, points", [(114, 10.2), (294, 6.3), (526, 4.7), (1252, 3.1)])
+@pytest.mark.parametrize("n, points", [(114, 10.2), (294, 6.3), (526, 4.7), (1252, 3.1), (20, 39.2)])
 def test_the_smallest_gain_that_can_be_found(n, points):
+    """By the normal approximation; a gain is never larger than the share of the answers that change."""
     assert 100 * evaluate.detectable(n) == pytest.approx(points, abs=0.06)
 
 
@@ -145,7 +145,7 @@ def test_the_nested_bootstrap_has_the_spread_of_the_samples_and_of_the_seeds():
 
 def write_run(folder, records, **config):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"bench": "sealtool", "data": "", "method": "ttsi", "gate": "score", "pairs": "self",
+    (folder / "config.json").write_text(json.dumps({"bench": "sealtool", "data": "", "model": "Qwen/Qwen2.5-1.5B-Instruct", "method": "ttsi", "gate": "score", "pairs": "self",
                                                     "tau": 0.95, "seed": 0, "offline": True, **config}))
     (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return folder
@@ -164,11 +164,11 @@ def runs(tmp_path):
 def test_seeds_are_one_group_and_its_figures_are_those_by_hand(runs):
     ttsi, base = evaluate.compare(evaluate.grouped(evaluate.read_runs(runs)))
     assert (ttsi["name"], ttsi["n"], ttsi["seeds"], base["name"], base["seeds"]) == ("ttsi", 5, 2, "base", 1)
-    assert (ttsi["base"], ttsi["after"]["mean"], ttsi["gain"], ttsi["fixed"], ttsi["harmed"]) == (0.4, 0.6, pytest.approx(0.2), 3, 1)
+    assert (ttsi["base"], ttsi["after"]["mean"], ttsi["gain"]["mean"], ttsi["fixed"], ttsi["harmed"]) == (0.4, 0.6, pytest.approx(0.2), 3, 1)
     assert ttsi["after"]["sd"] == 0.0 and math.isnan(base["after"]["sd"])
     assert ttsi["p"] == pytest.approx((evaluate.mcnemar(2, 1) + evaluate.mcnemar(1, 0)) / 2) and ttsi["holm"] == ttsi["p"]
     assert ttsi["interval"][0] < 0.2 < ttsi["interval"][1] and (ttsi["fixed name"], ttsi["fixed format"]) == (3, 0)
-    assert (ttsi["uncertain"], ttsi["TPR"], base["acted"]) == (0.7, 1.0, 0)
+    assert (ttsi["uncertain"], ttsi["TPR"], base["acted"], base["TPR"]) == (0.7, 1.0, 0, 0) and math.isnan(base["interval"][0])
     assert (ttsi["paper"], base["paper"]) == (72.43, 66.37)
 
 
@@ -179,10 +179,52 @@ def test_other_settings_are_no_further_seeds_and_a_run_given_twice_is_one(tmp_pa
     assert [group["seeds"] for group in evaluate.compare(evaluate.grouped(evaluate.read_runs([*folders, folders[0]])))] == [1, 1]
 
 
+@pytest.mark.parametrize("config, shown", [({}, 72.43), ({"tau": 0.35}, 68.10), ({"gate": "all", "tau": 0.5}, 73.47), ({"gate": "all", "pairs": "gold"}, 78.89),
+    ({"tau": 0.5}, None), ({"model": "Qwen/Qwen2.5-0.5B-Instruct"}, None), ({"data": "bundled"}, None), ({"rank": 64}, None), ({"limit": 50}, None), ({"epochs": 1}, None),
+    ({"gate_score": "entropy"}, None), ({"adapt": "suffix"}, None), ({"k": 4}, None), ({"bench": "apibank"}, None)])
+def test_the_papers_figures_stand_beside_runs_of_its_own_setting_alone(tmp_path, config, shown):
+    row, = evaluate.compare(evaluate.grouped(evaluate.read_runs([write_run(tmp_path / "run", RECORDS, **config)])))
+    assert row["paper"] == shown if shown else math.isnan(row["paper"])
+
+
+def test_several_benchmarks_are_corrected_for_and_have_a_mean(tmp_path):
+    """All base answers wrong, 6 of 6 and 0 of 2 mended; a run that differs in more than the benchmark is not of the family."""
+    six, two = [record(str(i), False, True) for i in range(6)], [record(str(i), False, False) for i in range(2)]
+    folders = [write_run(tmp_path / "a", six, lr=1e-4, train_data="a.json"), write_run(tmp_path / "b", two, bench="apibank", lr=1e-4, train_data="b.json"),
+               write_run(tmp_path / "c", two, bench="apibank", lr=1e-4, train_data="b.json", k=2)]
+    first, second, other, both = evaluate.compare(evaluate.grouped(evaluate.read_runs(folders)))
+    assert first["p"] == pytest.approx(2 / 2 ** 6) and first["holm"] == pytest.approx(2 * first["p"]) and other["holm"] == 1.0
+    assert (both["bench"], both["n"], both["fixed"], both["net"], both["seeds"]) == ("mean of 2", 8, 6, 6, 1)
+    assert (both["base"], both["after"]["mean"], both["gain"]["mean"], both["p"]) == (0.0, 0.5, 0.5, first["p"]) and both["interval"] == (0.5, 0.5)
+    assert "mean of 2" in evaluate.report(evaluate.read_runs(folders))
+
+
+def test_what_not_all_seeds_have_is_left_out_and_told(tmp_path):
+    folders = [write_run(tmp_path / "short", RECORDS[:1]), write_run(tmp_path / "long", RECORDS), write_run(tmp_path / "other", RECORDS[1:4], seed=1)]
+    row, = evaluate.compare(evaluate.grouped(evaluate.read_runs(folders)))
+    assert (row["n"], row["seeds"], row["left out"]) == (3, 2, 2)               # short and long are the same seed
+    assert "2 samples that not all of its seeds have" in evaluate.report(evaluate.read_runs(folders))
+
+
+def test_what_a_method_costs_by_hand(tmp_path):
+    """A draw costs what one sampled answer does, 0.2 s, in every row; extra is what acting added."""
+    drawn = {**record("a", False, True), "sampled": [part(True)] * 5, "seconds": {"score": 1.0, "base": 0.5, "sampled": 1.0}, "tokens": {"base": 10, "sampled": 50}}
+    learnt = {**record("a", False, True), "seconds": {"score": 1.0, "base": 0.5, "pairs": 2.0, "train": 1.0, "answer": 0.6}, "tokens": {"base": 10, "train": 7}}
+    runs = evaluate.read_runs([write_run(tmp_path / "vote", [drawn], method="vote"), write_run(tmp_path / "ttsi", [learnt, record("b", True, True, "certain")])])
+    vote, ttsi = evaluate.compare(evaluate.grouped(runs))
+    assert (vote["extra seconds"], vote["draws"], vote["tokens"]) == (1.0, 5.0, 60)
+    assert (ttsi["extra seconds"], ttsi["draws"], ttsi["tokens"], ttsi["seconds"]) == (pytest.approx(3.6), pytest.approx(18.0), 8.5, pytest.approx((5.1 + 1.5) / 2))
+
+
+def test_runs_that_differ_in_a_path_are_told_apart(tmp_path):
+    folders = [write_run(tmp_path / name, RECORDS, teacher=f"https://{name}/v1") for name in "ab"]
+    assert [group["name"] for group in evaluate.grouped(evaluate.read_runs(folders))] == ["ttsi teacher https://a/v1", "ttsi teacher https://b/v1"]
+
+
 def test_votes_and_pass_at_k_by_hand(runs):
     row, = evaluate.votes(evaluate.grouped(evaluate.read_runs(runs)))
-    assert row["vote"]["mean"] == pytest.approx(2 / 5) and row["k"] == 5
-    assert row["pass@1"]["mean"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 25) and row["pass@k"]["mean"] == pytest.approx(4 / 5)
+    assert row["vote"]["mean"] == pytest.approx(2 / 5)
+    assert row["pass@1"]["mean"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 25) and row["pass@5"]["mean"] == pytest.approx(4 / 5)
 
 
 def test_the_pairs_by_hand(tmp_path):
@@ -200,19 +242,46 @@ def test_the_pairs_by_hand(tmp_path):
 def test_the_report_in_every_form(runs, capsys):
     assert main(list(map(str, runs))) == 0
     text = capsys.readouterr().out
-    assert "Gains" in text and "pass@k" in text and "72.43" in text and "Median seconds" in text
+    assert "Gains" in text and "pass@5" in text and "72.43" in text and "Median seconds" in text
     assert main([*map(str, runs), "--markdown"]) == 0
     assert "| bench | run |" in capsys.readouterr().out
     assert main([*map(str, runs), "--json"]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert found["gains"][0]["gain"] == pytest.approx(0.2) and len(found["runs"]) == 3
+    assert found["gains"][0]["gain"]["mean"] == pytest.approx(0.2) and len(found["runs"]) == 3
+
+
+def test_tables_for_a_readme_are_tables_there(runs):
+    """A blank line before and after each, else what follows is read as a row."""
+    lines = evaluate.report(evaluate.read_runs(runs), markdown=True).splitlines()
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""]):
+        assert line.startswith("|") or not (before.startswith("|") or after.startswith("|")) or not line
+
+
+def test_a_vote_of_a_few_samples_is_told_of_those_alone(tmp_path):
+    few = [{**RECORDS[0], "vote": part(True), "sampled": [part(False), part(True)]}, *RECORDS[1:]]
+    runs = evaluate.read_runs([write_run(tmp_path / "run", few, method="vote")])
+    assert "of the 1 samples with sampled answers, pass@2 100.0, the majority 100.0" in table(runs)
+    all_of_them = [{**r, "vote": part(True), "sampled": [part(i == 0) for i in range(7)]} for r in RECORDS]
+    row, = evaluate.votes(evaluate.grouped(evaluate.read_runs([write_run(tmp_path / "all", all_of_them, method="vote")])))
+    assert (row["direct"]["mean"], row["vote"]["mean"]) == (0.4, 1.0)           # the direct answers, not the votes
+    assert [row[f"pass@{k}"]["mean"] for k in (1, 5, 7)] == pytest.approx([1 / 7, 5 / 7, 1])
+
+
+@pytest.mark.parametrize("name, flag", [("facts.json", "--verify"), ("config.json", "--verify"), ("config.json", "--rescore")])
+@pytest.mark.parametrize("content", ["{}", "[]", "5"])
+def test_a_run_folders_file_of_another_shape_is_named(tmp_path, capsys, name, flag, content):
+    folder = write_run(tmp_path / "run", RECORDS, limit=0)
+    (folder / name).write_text(content)
+    assert main([str(folder), flag]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and name in error
 
 
 def test_rescoring_reads_the_stored_texts_and_writes_nothing(tmp_path, capsys):
     item = {"query": "hi", "tools": [{"name": "f", "description": "", "parameters": {}}], "answers": [{"name": "f", "arguments": {}}]}
     (tmp_path / "data.json").write_text(json.dumps([item]))
     wrong = {**record("sealtool-0", False, False), "answer": part(False, '{"name": "f", "arguments": {}}')}
-    folder = write_run(tmp_path / "run", [wrong], data=str(tmp_path / "data.json"))
+    folder = write_run(tmp_path / "run", [wrong], data=str(tmp_path / "data.json"), limit=0)
     before = (folder / "records.jsonl").read_bytes()
     assert main([str(folder), "--rescore", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][str(folder)]["accuracy"] == 1.0

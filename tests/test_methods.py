@@ -1,16 +1,19 @@
 """The rivals of TT-SI and the controls: each does what sets it apart, on the bundled model."""
 import dataclasses
+import json
+import math
+import weakref
 
 import pytest
 
 import data
 import evaluate
 import train
-from augment import Pair
+from augment import Found, Pair, local_writer
 from data import call_prompt, call_text
 from data.calls import Call
 from data.tiny import make
-from model import PrefixCaches, Tokenizer, load_model
+from model import ContextError, PrefixCaches, Tokenizer, load_model
 from train import TINY, Agent, Config
 
 CONFIG = Config(bench="toolalpaca", lr=train.TINY_LR, max_new_tokens=48, tau=1.0, gate="all")
@@ -47,7 +50,7 @@ def asked(monkeypatch, agent) -> list[str]:
 @pytest.mark.usefixtures("untrained")
 def test_tticl_puts_the_pairs_before_the_request(agent, monkeypatch):
     pair = Pair("Count my apples.", (Call("f", {}),), "the text of the pair", 3)
-    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [([pair], [])] * len(samples))
+    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [Found([pair])] * len(samples))
     prompts = asked(monkeypatch, agent)
     records = run(agent, "tticl")
     for prompt, sample in zip(prompts[len(SAMPLES):], SAMPLES):
@@ -61,7 +64,7 @@ def test_ttd_trains_on_what_the_teacher_writes(agent, monkeypatch):
 
     def synthesize(writer, samples, *rest):
         wrote.append(writer)
-        return [([Pair("a request", (), "the teacher's text", 3)], [])] * len(samples)
+        return [Found([Pair("a request", (), "the teacher's text", 3)])] * len(samples)
     monkeypatch.setattr(train, "synthesize", synthesize)
     monkeypatch.setattr(train, "fine_tune", lambda agent, examples, *rest: wrote.append(examples) or ([[0.0]] * len(examples),) * 2)
     run(dataclasses.replace(agent, teacher="the teacher"), "ttd", teacher="somewhere")
@@ -130,13 +133,106 @@ def test_the_gates_are_what_they_say(agent):
         assert [bool(r.sampled) for r in records] == acted and [r.uncertain for r in records] == [m < tau for m in margins]
 
 
-@pytest.mark.usefixtures("untrained")
-@pytest.mark.parametrize("method", ["base", "tticl", "vote", "retry", "again"])
-def test_labels_never_reach_a_method(agent, method):
+@pytest.mark.parametrize("method", ["base", "ttsi", "ttd", "tticl", "vote", "retry", "again", "icl", "sft"])
+def test_labels_never_reach_a_method(agent, split, method, monkeypatch):
+    """A canary in the gold is in nothing that is ever put into tokens: not in what H, G and T read, nor in what they learn."""
     canaries = [dataclasses.replace(s, answers=(Call("canary", {"x": "canary"}),)) for s in SAMPLES]
-    config = dataclasses.replace(CONFIG, method=method, samples=2, max_new_tokens=16)
+    uses = {"ttd": {"teacher": "somewhere"}, "icl": {"train_data": str(split)}, "sft": {"train_data": str(split)}}.get(method, {})
+    config = dataclasses.replace(CONFIG, method=method, samples=2, max_new_tokens=16, filter="none", epochs=1, **uses)
+    agent = dataclasses.replace(agent, training=tuple(data.load("toolalpaca", str(split)))[:4], others=tuple(canaries),
+                                teacher=local_writer(agent.model, agent.tokenizer, agent.prefixes) if method == "ttd" else None)
+    if method == "sft":
+        agent = dataclasses.replace(agent, adapter=train.supervised(agent, config)[0])
+    read, encode = [], type(agent.tokenizer).encode
+    monkeypatch.setattr(type(agent.tokenizer), "encode", lambda self, text: read.append(text) or encode(self, text))
     def texts(samples): return [(r.base, r.answer, r.pairs, r.sampled) for r in train.self_improve(agent, samples, config)]
-    assert texts(canaries) == texts([s.without_answers() for s in SAMPLES]) and "canary" not in str(texts(canaries))
+    assert texts(canaries) == texts([s.without_answers() for s in SAMPLES])
+    assert any(SAMPLES[0].messages[-1]["content"] in text for text in read) and not any("canary" in text for text in read)
+
+
+def test_gold_pairs_are_the_one_place_where_a_label_is_read(agent, monkeypatch):
+    """So the test above would see it."""
+    read, encode = [], type(agent.tokenizer).encode
+    monkeypatch.setattr(type(agent.tokenizer), "encode", lambda self, text: read.append(text) or encode(self, text))
+    sample = dataclasses.replace(SAMPLES[0], answers=(Call("canary", {}),))
+    train.self_improve(agent, [sample], dataclasses.replace(CONFIG, pairs="gold", epochs=1))
+    assert any("canary" in text for text in read)
+
+
+def test_what_was_written_is_counted_in_tokens(agent):
+    drawn, = run(agent, "vote", samples=2)[:1]
+    assert drawn.tokens["sampled"] == sum(len(agent.tokenizer.encode(s["text"])) for s in drawn.sampled) > 0
+    learnt, = run(agent, "ttsi", filter="none", epochs=1)[:1]
+    assert learnt.tokens["pairs"] >= sum(len(agent.tokenizer.encode(p["request"] + p["text"])) for p in learnt.pairs) > 0
+
+
+@pytest.mark.usefixtures("untrained")
+def test_retry_acts_on_what_does_not_fit_however_sure_the_model_is(agent, monkeypatch):
+    scripted(monkeypatch, RIGHT[1])
+    records = run(agent, "retry", tau=0.0)
+    assert not any(r.uncertain for r in records) and any(r.sampled for r in records)
+
+
+def test_what_the_test_asks_is_not_trained_on_even_if_it_is_spaced_otherwise(tmp_path, capsys):
+    item = json.loads((train.TINY.parent / "samples" / "toolalpaca.json").read_text())[0]
+    item["query"] = f"  {item['query'].upper()} "
+    (tmp_path / "train.json").write_text(json.dumps([item]))
+    program(tmp_path / "run", "--method", "icl", "--train-data", str(tmp_path / "train.json"), code=2)
+    assert "1 of its requests are test samples" in capsys.readouterr().err
+
+
+NOT_READ = {        # which decide what is run, and on whom, not what is found out about a sample (data and weights have their digests)
+    *evaluate.FREE, "bench", "data", "model", "dtype", "adapter", "train_data", "train_limit", "train_batch", "teacher_apart", "tau", "budget", "gate"}
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(train.Config) if f.name not in NOT_READ])
+def test_every_option_is_looked_at_before_a_sweep_shares_anything(name):
+    """A new option must be read by `reads`, or be in NOT_READ on purpose: else a sweep over it would share what differs."""
+    field, = (f for f in dataclasses.fields(train.Config) if f.name == name)
+    with_it = {"method": "vote" if name == "samples" else "ttsi"}
+    with_it |= {"method": "ttd", "teacher": "a"} if name.startswith("teacher") else {}
+    with_it |= {"vote": True, "method": "base"} if name == "samples" else {}
+    with_it |= {"teacher": "http://a", "teacher_model": "a"} if name == "teacher_model" else {}
+    with_it |= {"tau": 0.5} if name == "gate_score" else {}
+    one = train.Config(**with_it)
+    values = field.metadata.get("choices") or (("cheap", "all") if name == "scores" else
+              ("q_proj", "v_proj") if name == "targets" else ("a", "b") if isinstance(field.default, str) else (0.5, 0.25) if isinstance(field.default, float) else (1, 2))
+    values = (False, True) if isinstance(field.default, bool) else values
+    if name == "method":
+        values = ("ttsi", "tticl")
+    found = {train.reads(dataclasses.replace(one, **{name: value})) for value in values}
+    assert len(found) > 1
+
+
+def test_a_sample_that_the_teacher_apart_cannot_read_has_no_pair_and_the_others_go_on(tmp_path, monkeypatch):
+    real, sizes = train.write_pairs, []
+
+    def too_long(agent, todo, config):
+        sizes.append(len(todo))
+        if any(sample.id == "toolalpaca-0" and "pairs" not in record.seconds for sample, record in todo):
+            raise ContextError("9999 tokens")
+        real(agent, todo, config)
+    monkeypatch.setattr(train, "write_pairs", too_long)
+    first, *others = program(tmp_path, "--method", "ttd", "--teacher", "tiny", "--teacher-apart", "--gate", "all", "--limit", "3", "--batch", "3", "--filter", "none")
+    assert sizes[:2] == [3, 1] and (first["outcome"], first["rejected"]) == ("no pair", [{"text": "", "reason": "too long"}])
+    assert first["answer"] == first["base"] and [r["outcome"] for r in others] == ["adapted"] * 2
+
+
+def test_the_teacher_apart_is_gone_before_the_student_comes_back(tmp_path, monkeypatch):
+    taught, back, load, to = [], [], train.load_model, train.Qwen2.to
+
+    def loaded(*args):
+        model = load(*args)
+        taught.append(weakref.ref(model))
+        return model
+
+    def moved(self, *args):
+        back.append((str(args[0]), sum(ref() is not None for ref in taught)))
+        return to(self, *args)
+    monkeypatch.setattr(train, "load_model", loaded)
+    monkeypatch.setattr(train.Qwen2, "to", moved)
+    program(tmp_path, "--method", "ttd", "--teacher", "tiny", "--teacher-apart", "--gate", "all", "--limit", "1")
+    assert len(taught) == 2 and back[-1] == ("cpu", 1)                          # of the two, the student alone
 
 
 @pytest.mark.usefixtures("untrained")
@@ -197,7 +293,7 @@ def test_unrelated_pairs_are_those_of_another_sample(agent, monkeypatch):
 
     def synthesize(writer, samples, *rest):
         asked.extend(samples)
-        return [([Pair(f"like {s.id}", (), "f()", 3)], []) for s in samples]
+        return [Found([Pair(f"like {s.id}", (), "f()", 3)]) for s in samples]
     monkeypatch.setattr(train, "synthesize", synthesize)
     monkeypatch.setattr(train, "fine_tune", lambda agent, examples, *rest: seen.extend(examples) or ([[0.0]] * len(examples),) * 2)
     run(dataclasses.replace(agent, others=tuple(SAMPLES)), "ttsi", pairs="unrelated")
@@ -209,7 +305,7 @@ def test_unrelated_pairs_are_those_of_another_sample(agent, monkeypatch):
 def test_vote_samples_the_adapted_model_and_the_others_from_the_base(agent, monkeypatch):
     """An adapter that has learnt another answer by heart is heard in the sampled answers, one that was not trained is not."""
     monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [
-        ([Pair(SAMPLES[0].messages[-1]["content"], (), "something else", 3)] if s.id == SAMPLES[0].id else [], []) for s in samples])
+        Found([Pair(SAMPLES[0].messages[-1]["content"], (), "something else", 3)] if s.id == SAMPLES[0].id else []) for s in samples])
     for adapt in ("full", "suffix"):
         learnt, other, _ = run(agent, "ttsi", vote=True, samples=3, epochs=40, lr=5e-3, adapt=adapt, temperature=0.3)
         assert learnt.answer["text"] == learnt.vote["text"] == "something else" and len(learnt.sampled) == 3
@@ -244,7 +340,7 @@ def test_without_reset_the_adapter_learns_on_and_answers_everyone_and_goes_on_af
 @pytest.mark.parametrize("options", [{}, {"pairs": "unrelated"}, {"reset": "never"}])
 def test_what_is_cached_of_the_tools_is_always_the_base_models(agent, monkeypatch, options):
     """Also if nothing stays in the cache, so that a prefix is read when an adapter has been trained."""
-    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [([Pair("a request", (), "an answer", 3)], []) for s in samples])
+    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [Found([Pair("a request", (), "an answer", 3)]) for s in samples])
     results = []
     for size in (2 << 30, 1):
         forgetful = dataclasses.replace(agent, prefixes=PrefixCaches(agent.model, size), others=tuple(SAMPLES), adapter={})
@@ -258,7 +354,7 @@ def test_what_is_cached_of_the_tools_is_always_the_base_models(agent, monkeypatc
 
 
 def test_kl_is_zero_before_training_and_grows_with_it(agent, monkeypatch):
-    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [([Pair("a request", (), "an answer", 3)], []) for s in samples])
+    monkeypatch.setattr(train, "synthesize", lambda writer, samples, *rest: [Found([Pair("a request", (), "an answer", 3)]) for s in samples])
     still, moved = run(agent, "ttsi", kl=True, lr=1e-12)[0].kl, run(agent, "ttsi", kl=True, lr=5e-3)[0].kl
     assert abs(still) < 1e-6 and moved > 1e-3
 
@@ -310,7 +406,8 @@ def test_sft_minimises_the_loss_on_its_split(agent, split):
             hidden = agent.model(train.torch.tensor([ids + own]))[0, len(ids) - 1:-1]
             return train.F.cross_entropy(agent.model.logits(hidden), train.torch.tensor(own)).item()
     config = dataclasses.replace(CONFIG, method="sft", train_data=str(split), epochs=4, train_batch=4)
-    assert loss(train.supervised(agent, config)) < 0.7 * loss({})
+    params, told = train.supervised(agent, config)
+    assert loss(params) < 0.7 * loss({}) and len(told["losses"]) == len(told["norms"]) == 4 * math.ceil(len(agent.training) / 4)
 
 
 def test_sft_that_was_stopped_while_saving_trains_again_and_one_that_explodes_is_named(tmp_path, split, capsys):

@@ -18,7 +18,7 @@ import data
 import evaluate
 import model as model_py
 import train
-from augment import Pair
+from augment import Found, Pair
 from data.tiny import make
 from lora import LoRALinear
 from model import PrefixCaches, Tokenizer, fingerprint, load_model
@@ -191,7 +191,7 @@ def test_out_of_memory_in_adaptation_keeps_the_direct_answer_and_elsewhere_the_f
     def exhausted(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     fit = train.fine_tune
     monkeypatch.setattr(train, "fine_tune", exhausted)
-    monkeypatch.setattr(train, "synthesize", lambda _, samples, *__: [([Pair("a request", (), "a call")], [])] * len(samples))
+    monkeypatch.setattr(train, "synthesize", lambda _, samples, *__: [Found([Pair("a request", (), "a call")])] * len(samples))
     run(tmp_path / "adapting", "--tau", "1")
     for record in evaluate.read_records(tmp_path / "adapting"):
         assert record["outcome"] == "out of memory" and record["answer"] == record["base"]

@@ -67,8 +67,8 @@ def ask(server, text="hello", **sampling) -> str:
 
 def test_a_pair_is_written_by_request_and_majority_of_calls(server):
     server.reply = lambda body: '2. "How warm is it in Paris?"' if asks_for_a_request(body) else PARIS
-    (pairs, rejected), = synthesize(RemoteWriter(server.url, "big"), [SAMPLE])
-    assert [(p.request, p.text, p.votes) for p in pairs] == [("How warm is it in Paris?", PARIS, augment.LABELS)] and not rejected
+    found, = synthesize(RemoteWriter(server.url, "big"), [SAMPLE])
+    assert [(p.request, p.text, p.votes) for p in found.pairs] == [("How warm is it in Paris?", PARIS, augment.LABELS)] and not found.rejected
     path, headers, body = server.seen[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert body["model"] == "big" and body["temperature"] == 0.7 and body["messages"][-1]["content"].endswith('1. "What is the weather in Rome?"\n2. "')
@@ -79,7 +79,7 @@ def test_a_pair_is_written_by_request_and_majority_of_calls(server):
 @pytest.mark.parametrize("reply", ['How warm?"', '"How warm?"', '2. "How warm?"', '1. "What is the weather in Rome?"\n2. "How warm?"', "How warm?"])
 def test_what_a_teacher_repeats_of_the_beginning_is_cut_off(server, reply):
     server.reply = lambda body: reply if asks_for_a_request(body) else PARIS
-    assert synthesize(RemoteWriter(server.url, "big"), [SAMPLE])[0][0][0].request == "How warm?"
+    assert synthesize(RemoteWriter(server.url, "big"), [SAMPLE])[0].pairs[0].request == "How warm?"
 
 
 def test_what_is_the_apis_default_is_not_sent(server):

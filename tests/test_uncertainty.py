@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from uncertainty import ANSWER_START, closing_tokens, relative_softmax, score_candidates, softmax_difference
+from uncertainty import ANSWER_START, relative_softmax, score_candidates, softmax_difference
 
 NAMES = {
     "one name": ["get_weather"],
@@ -134,11 +134,11 @@ def test_the_ids_scored_are_those_of_the_joined_text(name, tokenizer):
     parts = tokenizer.encode(ANSWER_START) + tokenizer.encode(name)
     assert parts == tokenizer.encode(ANSWER_START + name)
     whole = tokenizer.encode(f'{ANSWER_START}{name}", "arguments"')
-    assert whole[:len(parts)] == parts and whole[len(parts)] in closing_tokens(tokenizer)
+    assert whole[:len(parts)] == parts and whole[len(parts)] in tokenizer.quotes
 
 
 def test_the_closing_tokens_are_those_whose_text_begins_with_a_quotation_mark(tokenizer):
-    ids = closing_tokens(tokenizer)
+    ids = tokenizer.quotes
     assert ids == begins_with_a_quote(tokenizer).nonzero().flatten().tolist()
     assert len(ids) > 3 and {tokenizer.decode([i]) for i in ids} >= {'"', '",', '":'}
 
