@@ -79,8 +79,8 @@ def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[to
 
 
 def keep_rows(model: nn.Module, rows: Sequence[int]) -> None:
-    """Within `adapters`: go on with these rows of the batch only, as `generate` does when others have ended. An only adapter,
-    which serves all rows, stays."""
+    """Within `adapters`: go on with these rows of the batch only, as `generate` does when others have ended. A single
+    adapter, which serves all rows, is left as it is."""
     for module in model.modules():
         if isinstance(module, LoRALinear) and len(module.A) > 1:
             module.A, module.B = module.A[list(rows)], module.B[list(rows)]

@@ -224,6 +224,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * K, D, bias=False)
 
     def forward(self, x, cos, sin, mask, cache: KVCache) -> torch.Tensor:
+        """x (B, T, D), cos and sin (B, T, K), mask (B, 1, T, S) or None (causal) -> (B, T, D)."""
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         k, v = cache.append(self.layer, rotate(k, cos, sin), v)
@@ -331,7 +332,7 @@ class Qwen2(nn.Module):
     def pack(self) -> None:
         """Hold each weight matrix a second time, as oneDNN reads it: for the CPU, once the weights are final.
 
-        torch packs them anew in every product else: measured (tests/benchmark.py, the 0.5B, two cores), in bfloat16 (float32)
+        Otherwise torch packs them anew in every product: measured (tests/benchmark.py, the 0.5B, two cores), in bfloat16 (float32)
         its products are 1.3x (1.6x) faster for one row, 1.9x (2.9x) for five, 1.7x (3.4x) for seven, 1.1x (1.5x) for eighty.
         """
         for layer in self.modules():
@@ -512,6 +513,7 @@ class Tokenizer:
         return self.bpe.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
         return self.bpe.decode(list(ids), skip_special_tokens=False)
 
     def chat(self, messages: Sequence[dict], tools: Sequence[dict] = (), generate: bool = True) -> list[int]:

@@ -1,4 +1,4 @@
-"""T, and the whole of TT-SI: Algorithm 1 over a benchmark, one sample after another.
+"""T, and the whole of TT-SI: Algorithm 1 over a benchmark, sample by sample or in batches.
 
     python train.py --bench nexusraven                              # the bundled demonstration, or the real job on a GPU
     python train.py --bench sealtool --model Qwen/Qwen2.5-1.5B-Instruct --seed 1
@@ -24,7 +24,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
@@ -84,7 +84,7 @@ class Config:
     teacher_apart: bool = option(False, "the teacher is loaded only while it writes, for all samples at once, and the student waits in the CPU's "
                                  "memory; for a GPU that does not hold both", "what to run")
     adapter: str = option("", "an adapter in peft's format that is merged into the model before all else, such as one of sft", "what to run")
-    train_data: str = option("", "for icl and sft: a file of samples with their calls that are not those of the test", "what to run")
+    train_data: str = option("", "for icl and sft: a file of labelled samples, none of which is a test sample", "what to run")
     train_limit: int = option(0, "only the first N of them (0: all)", "what to run")
     train_batch: int = option(8, "examples in a step of sft", "what to run")
     seed: int = option(0, "seeds every draw, together with the sample's id", "what to run")
@@ -96,7 +96,7 @@ class Config:
                            "u = 1, as with a single tool, is never uncertain",
                            "H, uncertainty")
     gate: str = option("score", "which samples a method acts on: those that the score finds uncertain, or, as controls: all; certain, "
-                       "only those that it is sure of; random, as many of any; oracle, those that the direct answer gets wrong (uses labels)",
+                       "only those that it is sure of; random, the same number drawn at random; oracle, those that the direct answer gets wrong (uses labels)",
                        "H, uncertainty", choices=("score", "all", "certain", "random", "oracle"))
     gate_score: str = option("margin", "the score that decides (1 - the softmax difference is 'margin')", "H, uncertainty",
                              choices=tuple(SCORES), metavar="NAME")
@@ -257,8 +257,9 @@ def fine_tune(agent: Agent, examples: Sequence[Sequence[Example]], params: Param
         norm = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()     # (B,)
         finite = (loss.isfinite() & norm.isfinite()).tolist()
         for own, sizes, value, size, ok, on in zip(losses, norms, loss.tolist(), norm.tolist(), finite, going):
-            own += [value if ok else math.nan] * on
-            sizes += [size] * on
+            if on:
+                own.append(value if ok else math.nan)
+                sizes.append(size)
         # paper: AdamW, lr 1e-4, cosine, 3 % warm-up, batch 1.
         # ours: no weight decay, gradients clipped to norm 1.
         clip = (1 / (norm + 1e-6)).clamp(max=1)
@@ -372,7 +373,7 @@ def shuffled_orders(agent: Agent, sample: Sample, config: Config, rest: list[int
 
 def decide(record: Record, config: Config) -> None:
     """The gate: whether u(x) < tau, or another score is above it; where that is not defined, nothing is sure. Which samples
-    the gates random and oracle let through is known from all samples only (`look_ahead`)."""
+    the gates random and oracle let through is known from all samples only (`look_ahead`). Of the others H alone is kept."""
     record.tau = config.tau
     record.uncertain = record.margin < config.tau if config.gate_score == "margin" else not record.scores[config.gate_score] <= config.tau
     record.outcome = "direct" if record.uncertain else "certain"
@@ -380,6 +381,8 @@ def decide(record: Record, config: Config) -> None:
         record.acted = True
     elif config.gate in ("score", "certain"):
         record.acted = record.uncertain == (config.gate == "score")
+    if not record.acted:
+        forget(record)
 
 
 def forget(record: Record) -> None:
@@ -402,33 +405,36 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config, record
     records = records or assess(agent, samples, config)                                       # l.2-3  H: u(x_i)
     for record in records:
         decide(record, config)                                                                # l.4  sure enough: answer as is
-        if not record.acted:
-            forget(record)
-    todo = [(sample, record) for sample, record in zip(samples, records) if record.acted and config.method != "base"]
-    if config.method in RIVALS:
+    todo = [(sample, record) for sample, record in zip(samples, records) if record.acted]
+    if config.reset == "never":
+        stream(agent, samples, records, config)
+    elif config.method in RIVALS:
         if todo:
             RIVALS[config.method](agent, *zip(*todo), config)
-        return records
-    if todo:
+    elif config.method != "base":
         write_pairs(agent, todo, config)                                                      # l.5  G: K new (x', y')
-    learners = [(sample, record) for sample, record in todo if record.pairs]                  #      none: the direct answer stands
-    if config.method == "tticl":
-        learners = [one for one in learners if "answer" not in one[1].seconds]
-        if learners:
-            prompted(in_context)(agent, *zip(*learners), config)                              #      TT-ICL: nothing is trained
-    elif config.reset == "never":                                         #      a batch of one; its adapter learns on and on
-        if learners:
-            agent.adapter.update(agent.adapter or new_adapters(agent, ["stream"], config))
-            adapt(agent, learners, config, agent.adapter)
-        elif agent.adapter:
-            answer_adapted(agent, samples, records, agent.adapter, config)
-    elif learners := [one for one in learners if "answer" not in one[1].seconds]:
-        adapt(agent, learners, config)                                                        # l.6-9
+        adapt(agent, learners(todo), config)                                                  # l.6-9  T, the answer, the reset
     if config.vote:
         for sample, record in zip(samples, records):
             if not record.sampled:
                 draw(agent, [sample], [record], config)                   # of the base model, which answers what was not adapted
     return records
+
+
+def learners(todo: Iterable[tuple[Sample, Record]]) -> list[tuple[Sample, Record]]:
+    """Those with a pair, without which the direct answer stands, whose answer is not known from another run."""
+    return [(sample, record) for sample, record in todo if record.pairs and "answer" not in record.seconds]
+
+
+def stream(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+    """--reset never, an ablation: one adapter learns from sample to sample (a batch is of one), and answers all once it has begun."""
+    todo = [(sample, record) for sample, record in zip(samples, records) if record.acted]
+    write_pairs(agent, todo, config)
+    if todo := learners(todo):
+        agent.adapter.update(agent.adapter or new_adapters(agent, ["stream"], config))
+        adapt(agent, todo, config, agent.adapter)
+    elif agent.adapter:
+        answer_adapted(agent, samples, records, agent.adapter, config)
 
 
 def write_pairs(agent: Agent, todo: Sequence[tuple[Sample, Record]], config: Config) -> None:
@@ -469,11 +475,14 @@ def subject(agent: Agent, sample: Sample, config: Config) -> Sample:
     return others[int(torch.randint(len(others), (), generator=seeded(config.seed, sample.id, "unrelated")))]
 
 
-def adapt(agent: Agent, learners: Sequence[tuple[Sample, Record]], config: Config, kept: Params | None = None) -> None:
-    """T, the answer and the reset (outside of `adapters` the model is theta_0), for samples with pairs. kept: an adapter to go on with and to keep (--reset never)."""
-    samples, records = zip(*learners)
+def adapt(agent: Agent, todo: Sequence[tuple[Sample, Record]], config: Config, kept: Params | None = None) -> None:
+    """T, the answer and the reset (outside of `adapters` the model is theta_0), for samples with pairs, if any. kept: an adapter to go
+    on with and to keep (--reset never)."""
+    if not todo:
+        return
+    samples, records = zip(*todo)
     params = kept or new_adapters(agent, [s.id for s in samples], config)
-    examples, prefix = zip(*[lessons(agent, sample, record, config) for sample, record in learners])
+    examples, prefix = zip(*[lessons(agent, sample, record, config) for sample, record in todo])
     with adapters(agent.model, params, config.alpha):                                         # l.6  theta' = theta_0 + BA
         with stage(records, "train"):
             losses, norms = fine_tune(agent, examples, params, config, KVCache.stack(prefix) if config.adapt == "suffix" else None)     # l.7  T
@@ -554,6 +563,7 @@ def ask_again(agent: Agent, sample: Sample, record: Record, config: Config) -> l
 
 
 def with_examples(sample: Sample, examples: Sequence[tuple[Sample, str]]) -> list[dict]:
+    """The sample's prompt with examples, each a request and its answer's text, as turns before its own request."""
     system, *request = call_prompt(sample)
     return [system, *(turn for shown, text in examples for turn in (*call_prompt(shown)[1:], {"role": "assistant", "content": text})), *request]
 
@@ -568,6 +578,14 @@ def prompted(prompt: Callable[[Agent, Sample, Record, Config], list[dict]]) -> C
         for record, (record.answer, record.tokens["answer"]) in zip(records, answers):
             record.outcome = "adapted"
     return method
+
+
+def tticl(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
+    """TT-ICL: G as in TT-SI; the pairs become examples in the prompt, and nothing is trained."""
+    todo = list(zip(samples, records))
+    write_pairs(agent, todo, config)
+    if todo := learners(todo):
+        prompted(in_context)(agent, *zip(*todo), config)
 
 
 def vote(agent: Agent, samples: Sequence[Sample], records: Sequence[Record], config: Config) -> None:
@@ -633,12 +651,13 @@ def supervised(agent: Agent, config: Config) -> tuple[Params, dict]:
     params = new_adapters(agent, ["sft"], config)
     longest = max(len(prompt) + len(own) for prompt, own in examples)
     model.checkpointing = wants_checkpointing(model, config.train_batch * longest, config.checkpointing)
-    batches = [order[i:i + config.train_batch] for epoch in range(config.epochs)
-               for order in [torch.randperm(len(examples), generator=seeded(config.seed, "sft", epoch)).tolist()]
-               for i in range(0, len(order), config.train_batch)]
-    with adapters(model, params, config.alpha) as tensors, tqdm(total=len(batches), unit="step", desc="sft", dynamic_ncols=True) as bar:
+    shuffled = []
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(examples), generator=seeded(config.seed, "sft", epoch)).tolist()
+        shuffled += [order[i:i + config.train_batch] for i in range(0, len(order), config.train_batch)]
+    with adapters(model, params, config.alpha) as tensors, tqdm(total=len(shuffled), unit="step", desc="sft", dynamic_ncols=True) as bar:
         optimizer = torch.optim.AdamW(tensors, weight_decay=0.0)
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(shuffled):
             rows = [examples[i] for i in batch]
             ids, _ = pad([[*prompt, *own[:-1]] for prompt, own in rows], model.device)        # padding is behind: nobody sees it
             read = torch.cat([h[len(prompt) - 1:][:len(own)] for h, (prompt, own) in zip(model(ids), rows)])
@@ -648,7 +667,7 @@ def supervised(agent: Agent, config: Config) -> tuple[Params, dict]:
             norm = torch.nn.utils.clip_grad_norm_(tensors, 1.0)
             if not (loss.isfinite() and norm.isfinite()):
                 raise ValueError(f"sft: the loss is not finite at step {step + 1}; lower --lr ({config.lr:g})")
-            optimizer.param_groups[0]["lr"] = config.lr * schedule(step, len(batches), config.warmup)
+            optimizer.param_groups[0]["lr"] = config.lr * schedule(step, len(shuffled), config.warmup)
             optimizer.step()
             bar.update()
             told["losses"].append(loss.item())
@@ -657,7 +676,7 @@ def supervised(agent: Agent, config: Config) -> tuple[Params, dict]:
     return {name: tuple(t.detach() for t in pair) for name, pair in params.items()}, told | {"seconds": time.perf_counter() - start}
 
 
-RIVALS = {"vote": vote, "retry": retry, "again": prompted(ask_again), "icl": prompted(few_shot), "sft": with_sft}
+RIVALS = {"tticl": tticl, "vote": vote, "retry": retry, "again": prompted(ask_again), "icl": prompted(few_shot), "sft": with_sft}
 UNGATED = ("icl", "sft", "retry")       # every sample's, whatever the gate: two learn from a training split, one has a gate of its own
 
 

@@ -30,7 +30,7 @@ ASK_CALL = ('\n\nAnswer with nothing but the tool calls that this request needs,
 
 @dataclass(frozen=True)
 class Sample:
-    """One test sample: the dialogue so far, the tools on offer, and the gold calls (which only evaluate.py reads)."""
+    """One test sample: the dialogue so far, the tools on offer, and the gold calls, which score the answers."""
     id: str
     messages: tuple[dict, ...]          # {"role", "content"[, "tool_calls"]}, as the chat template takes them; the last asks
     tools: tuple[dict, ...]             # {"name", "description", "parameters": {name: {"type", "description", ...}}}

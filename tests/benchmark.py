@@ -224,7 +224,8 @@ def main() -> None:
     parser.add_argument("--random", choices=SIZES, help="random weights of this size; prompts are then of the bundled samples, of 24 tools each")
     parser.add_argument("--bench", default="toolalpaca")
     parser.add_argument("--data", help="the benchmark's file or folder (default: the bundled samples)")
-    parser.add_argument("--limit", type=int, default=3, help="samples, those around the median length of a prompt (default: 3)")
+    parser.add_argument("--limit", type=int, default=3, help="samples, those whose prompts are nearest to --tokens (default: 3)")
+    parser.add_argument("--tokens", type=int, default=0, help="length of a prompt (default: the median)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True, help="on a CPU, ours has packed weights (default)")
@@ -243,9 +244,10 @@ def main() -> None:
     if args.random:
         tools = list({tool["name"]: tool for sample in samples for tool in sample.tools}.values())
         samples = [replace(sample, tools=tuple({t["name"]: t for t in (*sample.tools, *tools[24 * i:])}.values())[:24]) for i, sample in enumerate(samples)]
-    samples = sorted(samples, key=lambda sample: len(tokenizer.chat(call_prompt(sample))))
-    middle, shortest, config = (len(samples) - args.limit) // 2, samples[0], train.Config(lr=1e-4, epochs=5)
-    samples = samples[max(middle, 0):][:args.limit]
+    def length(sample): return len(tokenizer.chat(call_prompt(sample)))
+    wanted = args.tokens or statistics.median_low(map(length, samples))
+    shortest, config = min(samples, key=length), train.Config(lr=1e-4, epochs=5)
+    samples = sorted(samples, key=lambda sample: abs(length(sample) - wanted))[:args.limit]
     plain = None if args.only == "ours" else in_transformers(model)
     flops, bandwidth = ceilings(device, dtype)
     here, there = Clock(device), Clock(device)
@@ -261,7 +263,7 @@ def main() -> None:
         there.seconds |= {stage.replace("full", "suffix"): s for stage, s in there.seconds.items() if "full" in stage}    # it has but one way
     weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name or model.config.tie_word_embeddings)
     size = weights * model.model.norm.weight.element_size()
-    print(f"{args.random or folder.name}, {len(samples)} samples, prompts of {len(tokenizer.chat(call_prompt(samples[0])))} tokens, {device}, {args.dtype}, "
+    print(f"{args.random or folder.name}, {len(samples)} samples, prompts of {length(samples[0])} tokens, {len(samples[0].tools)} tools, {device}, {args.dtype}, "
           f"{torch.get_num_threads()} threads; this machine: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s")
     print(f"{'stage':24}{'ours, s':>10}{'plain, s':>10}{'ratio':>8}{'tokens/s':>10}{'of the ceiling':>16}")
     for stage, spent in (here.seconds or there.seconds).items():
