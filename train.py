@@ -62,7 +62,12 @@ def number_or_auto(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
-USES = {"teacher": ("ttd",), "train_data": ("icl", "sft")}      # options that only these methods use, and need
+USES = {"teacher": ("ttd",), "train_data": ("icl", "sft")}      # options that only these methods use, and need ...
+WRITING, TRAINING = ("ttsi", "ttd", "tticl"), ("ttsi", "ttd", "sft")
+ONLY_FOR = {            # ... and that only these methods look at
+    "gate": (*WRITING, "vote", "again"), **dict.fromkeys(("pair", "filter", "pairs"), WRITING), "k": (*WRITING, "icl"),
+    **dict.fromkeys(("rank", "alpha", "targets", "epochs", "lr", "warmup", "kl"), TRAINING), "adapt": ("ttsi", "ttd"),
+    "train_limit": ("icl", "sft"), "train_batch": ("sft",)}
 
 
 @dataclass(frozen=True)
@@ -1046,7 +1051,14 @@ def parse_args(argv: Sequence[str] | None) -> list[tuple[Config, str]]:
                 options[flag] = options[flag] if options["method"] in methods else ""
             options["teacher_model"] = options["teacher_model"] if options["teacher"] else ""
             options["teacher_apart"] = options["teacher_apart"] and bool(options["teacher"])
-        configs.append((Config(**options), "+".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in changed.items())))
+        for name, methods in ONLY_FOR.items():
+            if options["method"] not in methods and options[name] != getattr(Config, name):
+                if not swept:
+                    raise ValueError(f"--{name.replace('_', '-')}: --method {options['method']} does not look at it, but {', '.join(methods)} do")
+                options[name] = getattr(Config, name)
+        config = Config(**options)
+        if config not in [other for other, _ in configs]:           # as base with another k
+            configs.append((config, "+".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in changed.items())))
     if idle := [flag for flag in USES if given[flag] and not any(getattr(config, flag) for config, _ in configs)]:
         raise ValueError(f"--{idle[0].replace('_', '-')}: no run of the sweep uses it")
     return configs

@@ -379,16 +379,18 @@ def test_icl_shows_k_training_examples_before_the_request_and_asks_of_every_samp
 
 
 def test_sft_trains_once_saves_for_peft_and_the_adapter_can_be_used(tmp_path, monkeypatch, split, capsys):
-    flags = ("--limit", "4", "--gate", "all")
+    flags = ("--limit", "4")
     sft = program(tmp_path / "sft", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3")
     assert (tmp_path / "sft" / "adapter" / "adapter_model.safetensors").is_file()
+    told = evaluate.read_json(tmp_path / "sft" / "sft.json")
+    assert sum(r["seconds"]["train"] for r in sft) == pytest.approx(told["seconds"], abs=1e-3) and told["losses"][-1] < told["losses"][0]
     real = train.supervised
     monkeypatch.setattr(train, "supervised", None)              # it is not trained again
     (tmp_path / "sft" / "records.jsonl").write_text("")
     again = program(tmp_path / "sft", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3")
     assert [r["answer"] for r in again] == [r["answer"] for r in sft]
     monkeypatch.setattr(train, "supervised", real)
-    together = program(tmp_path / "batch", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3", "--batch", "4", "--adapt", "suffix",
+    together = program(tmp_path / "batch", *flags, "--method", "sft", "--train-data", str(split), "--epochs", "3", "--batch", "4",
                        "--vote", "--samples", "2", "--kl")       # one adapter for four rows
     assert [r["answer"]["text"] for r in together] == [r["answer"]["text"] for r in sft] and all(r["kl"] > 0 for r in together)
     merged = program(tmp_path / "merged", *flags, "--method", "base", "--adapter", str(tmp_path / "sft" / "adapter"))
@@ -481,3 +483,17 @@ def test_a_sweep_that_cannot_be_is_one_line(tmp_path, capsys, sweep, said):
     program(tmp_path / "run", "--sweep", sweep, code=2)
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, said", [(("--method", "base", "--gate", "oracle"), "--gate"), (("--method", "vote", "--pairs", "gold"), "--pairs"),
+                                         (("--method", "retry", "--k", "4"), "--k"), (("--method", "tticl", "--rank", "4"), "--rank"),
+                                         (("--train-limit", "5"), "--train-limit")])
+def test_an_option_that_the_method_does_not_look_at_is_refused(flags, said, capsys):
+    assert train.main([*PROGRAM, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{said}:" in error
+
+
+def test_in_a_sweep_each_method_is_given_what_it_looks_at_and_nothing_runs_twice():
+    parts = train.parse_args([*PROGRAM, "--sweep", "method=base,ttsi", "--sweep", "k=1,4", "--adapt", "suffix"])
+    assert [(c.method, c.k, c.adapt) for c, _ in parts] == [("base", 1, "full"), ("ttsi", 1, "suffix"), ("ttsi", 4, "suffix")]
