@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -727,6 +726,64 @@ def uncertainty_report(folder: Path) -> tuple[str, dict[str, str]]:
     return "\n".join([title, table, "", judge_calibration(records), "", gate]), areas
 
 
+def draw_reliability(axes, records: Sequence[dict]) -> None:
+    l, gold, p, right = first_choice(records)
+    axes.plot([0, 1], [0, 1], color="0.7", label="calibrated")
+    for mark, label, q in (("o-", "as it is", p), ("s--", "temperature, cross-fitted", cross_fitted(l, gold))):
+        bins = reliability(q.double(), right)
+        axes.plot([b[1] for b in bins], [b[2] for b in bins], mark, color="0.0" if mark == "o-" else "0.45", label=label)
+        for count, middle, share in bins if mark == "o-" else []:
+            axes.annotate(str(count), (middle, share), textcoords="offset points", xytext=(4, -10), fontsize=8)
+
+
+def draw_risk_coverage(axes, records: Sequence[dict]) -> None:
+    scores, error, _ = columns(records)
+    coverage, best = torch.arange(1, len(error) + 1) / len(error), sorted(scores, key=lambda name: ranking(scores[name], error)["AURC"])
+    shown = [name for name in dict.fromkeys([*best[:4], records[0]["gate"], "margin", "random"]) if name in scores]
+    for name in best:
+        axes.plot(coverage, risk_coverage(scores[name], error), color="0.85", zorder=0)
+    for i, name in enumerate(shown):
+        axes.plot(coverage, risk_coverage(scores[name], error), ("-", "--", "-.", ":")[i % 4], color=str(0.15 * i), label=name)
+    axes.plot(coverage, risk_coverage(error, error), color="0.0", linewidth=0.7, label="ideal")
+
+
+def draw_margin(axes, records: Sequence[dict]) -> None:
+    margins = [[r["margin"] for r in records if r["base"]["exact"] == right] for right in (True, False)]
+    axes.hist(margins, bins=20, range=(0, 1), stacked=True, color=["0.8", "0.2"], edgecolor="0.0", label=["right", "wrong"])
+    if records[0]["gate"] == "margin":
+        axes.axvline(records[0]["tau"], color="0.0", linestyle="--", label=f"tau = {records[0]['tau']:.3g}")
+
+
+def draw_tau(axes, records: Sequence[dict]) -> None:
+    _, error, gain = columns(records)
+    margins = torch.tensor([r["margin"] for r in records], dtype=torch.float64)
+    taus = torch.linspace(0, records[0]["tau"] if records[0]["gate"] == "margin" else 1, 101)
+    axes.plot(taus, [(gain[margins < t].sum() / len(gain) + 1 - error.mean()).item() for t in taus], "-", color="0.0", label="accuracy")
+    axes.plot(taus, [(margins < t).double().mean().item() for t in taus], "--", color="0.4", label="uncertain")
+
+
+def draw_gain_budget(axes, records: Sequence[dict]) -> None:
+    scores, _, gain = columns(records)
+    share, gate = torch.linspace(0, 100, len(gain) + 1), records[0]["gate"]
+    axes.plot(share, 100 * gain_budget(scores[gate], gain)["curve"], "-", color="0.0", label=gate)
+    axes.plot(share, 100 * gain_budget(gain, gain)["curve"], "--", color="0.4", label="ideal gate")
+    axes.plot([0, 100], [0, 100 * gain.mean().item()], ":", color="0.4", label="random gate")
+
+
+def draw_seconds(axes, records: Sequence[dict]) -> None:
+    stages = list(dict.fromkeys(stage for r in records for stage in r["seconds"]))
+    axes.barh(stages[::-1], [mean(r["seconds"][stage] for r in records if stage in r["seconds"]) for stage in stages[::-1]], color="0.6", edgecolor="0.0")
+
+
+PICTURES = {    # name: who draws it, title, x, y
+    "reliability": (draw_reliability, "Is p(1) the probability of being right?", "mean p(1) of the bin", "share right"),
+    "risk_coverage": (draw_risk_coverage, "Errors among the surest", "coverage", "risk (share of wrong answers)"),
+    "margin": (draw_margin, "The margin of right and wrong direct answers", "margin u", "samples"),
+    "tau": (draw_tau, "Accuracy and share adapted over tau", "tau", "share of the samples"),
+    "gain_budget": (draw_gain_budget, "What adapting the least sure gains", "share of the samples adapted, %", "gain in points"),
+    "seconds": (draw_seconds, "Where the time goes", "seconds a sample, mean over those that have the stage", "")}
+
+
 def plot(folder: Path, into: Path) -> list[Path]:
     """Pictures of a run as PNG files, those that it has the samples for; ValueError without matplotlib."""
     try:
@@ -738,58 +795,19 @@ def plot(folder: Path, into: Path) -> list[Path]:
     records = read_records(folder)
     if not records:
         raise ValueError(f"{folder}: no finished sample yet")
-    scores, error, gain = columns(records)
-    n, (l, gold, p, right), gate = len(records), first_choice(records), records[0]["gate"]
-    margins, tau = torch.tensor([r["margin"] for r in records], dtype=torch.float64), records[0]["tau"]
+    wrong = sum(not r["base"]["exact"] for r in records)
+    lacks = {"reliability": not first_choice(records)[0], "risk_coverage": wrong in (0, len(records))}
     into.mkdir(parents=True, exist_ok=True)
-    made = []
-
-    @contextmanager
-    def picture(name, title, x, y):
+    made = [into / f"{name}.png" for name in PICTURES if not lacks.get(name)]
+    for path in made:
+        draw, title, x, y = PICTURES[path.stem]
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-        axes.set(title=f"{title}\n{folder.name}, n = {n}", xlabel=x, ylabel=y)
-        yield axes
+        axes.set(title=f"{title}\n{folder.name}, n = {len(records)}", xlabel=x, ylabel=y)
+        draw(axes, records)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-        made.append(into / f"{name}.png")
-        figure.savefig(made[-1], dpi=120)
+        figure.savefig(path, dpi=120)
         plt.close(figure)
-    styles = ["-", "--", "-.", ":"]
-    if l:
-        with picture("reliability", "Is p(1) the probability of being right?", "mean p(1) of the bin", "share right") as axes:
-            axes.plot([0, 1], [0, 1], color="0.7", label="calibrated")
-            for mark, label, q in (("o-", "as it is", p), ("s--", "temperature, cross-fitted", cross_fitted(l, gold))):
-                bins = reliability(q.double(), right)
-                axes.plot([b[1] for b in bins], [b[2] for b in bins], mark, color="0.0" if mark == "o-" else "0.45", label=label)
-                for count, mean, share in bins if mark == "o-" else []:
-                    axes.annotate(str(count), (mean, share), textcoords="offset points", xytext=(4, -10), fontsize=8)
-    if 0 < error.sum() < n:
-        with picture("risk_coverage", "Errors among the surest", "coverage", "risk (share of wrong answers)") as axes:
-            coverage, best = torch.arange(1, n + 1) / n, sorted(scores, key=lambda s: ranking(scores[s], error)["AURC"])
-            shown = dict.fromkeys([*best[:4], gate, "margin", "random"])
-            for name in best:
-                axes.plot(coverage, risk_coverage(scores[name], error), color="0.85", zorder=0)
-            for i, name in enumerate(name for name in shown if name in scores):
-                axes.plot(coverage, risk_coverage(scores[name], error), styles[i % 4], color=str(0.15 * i), label=name)
-            axes.plot(coverage, risk_coverage(error, error), color="0.0", linewidth=0.7, label="ideal")
-    with picture("margin", "The margin of right and wrong direct answers", "margin u", "samples") as axes:
-        axes.hist([margins[error == 0].tolist(), margins[error == 1].tolist()], bins=20, range=(0, 1), stacked=True, color=["0.8", "0.2"],
-                  edgecolor="0.0", label=["right", "wrong"])
-        if gate == "margin":
-            axes.axvline(tau, color="0.0", linestyle="--", label=f"tau = {tau:.3g}")
-    with picture("tau", "Accuracy and share adapted over tau", "tau", "share of the samples") as axes:
-        taus = torch.linspace(0, tau if gate == "margin" else 1, 101)
-        axes.plot(taus, [(gain[margins < t].sum() / n + 1 - error.mean()).item() for t in taus], "-", color="0.0", label="accuracy")
-        axes.plot(taus, [(margins < t).double().mean().item() for t in taus], "--", color="0.4", label="uncertain")
-    with picture("gain_budget", "What adapting the least sure gains", "share of the samples adapted, %", "gain in points") as axes:
-        share = torch.linspace(0, 100, n + 1)
-        axes.plot(share, 100 * gain_budget(scores[gate], gain)["curve"], "-", color="0.0", label=gate)
-        axes.plot(share, 100 * gain_budget(gain, gain)["curve"], "--", color="0.4", label="ideal gate")
-        axes.plot([0, 100], [0, 100 * gain.mean().item()], ":", color="0.4", label="random gate")
-    with picture("seconds", "Where the time goes", "seconds a sample, mean over those that have the stage", "") as axes:
-        stages = list(dict.fromkeys(stage for r in records for stage in r["seconds"]))
-        means = [sum(spent) / len(spent) for spent in ([r["seconds"][s] for r in records if s in r["seconds"]] for s in stages)]
-        axes.barh(stages[::-1], means[::-1], color="0.6", edgecolor="0.0")
     return made
 
 
