@@ -409,7 +409,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def compare(groups: Sequence[dict]) -> list[dict]:
     """For each group: accuracy before and after, the gain with its interval and tests, what was fixed, and what it cost. Where a
     configuration was run on several benchmarks, also their mean."""
-    rows = [gains(group, draw_seconds(group, groups)) for group in groups]
+    rows = [gains(group, seconds_a_draw(group, groups)) for group in groups]
     for same in dict.fromkeys(group["same"] for group in groups):
         ours = [row for row, group in zip(rows, groups) if group["same"] == same]
         for row, p in zip(ours, holm([row["p"] for row in ours])):
@@ -421,7 +421,7 @@ def compare(groups: Sequence[dict]) -> list[dict]:
     return rows
 
 
-def draw_seconds(group: dict, groups: Sequence[dict]) -> float:
+def seconds_a_draw(group: dict, groups: Sequence[dict]) -> float:
     """What one sampled answer costs, in seconds: the mean over all runs of the group's benchmark and model; without any, of the
     greedy answers."""
     def task(other): return other["config"].get("bench"), other["config"].get("model")
