@@ -975,7 +975,7 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, folder: Path, r
             if config.reset == "never":                 # by now the records say that the newer one is right
                 shutil.rmtree(folder / f"stream-{len(records) - 1}", ignore_errors=True)
             bar.update(len(batch))
-            bar.set_postfix_str(", ".join(f"{name} {count / len(records):.0%}" for name, count in tally.items()))
+            bar.set_postfix_str(", ".join(f"{name} {right / len(records):.0%}" for name, right in tally.items()))
 
 
 def with_adapter(agent: Agent, config: Config, folder: Path, count: int, n: int, rank: int, world: int) -> Agent:
