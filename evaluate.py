@@ -410,15 +410,17 @@ def compare(groups: Sequence[dict]) -> list[dict]:
     """For each group: accuracy before and after, the gain with its interval and tests, what was fixed, and what it cost. Where a
     configuration was run on several benchmarks, also their mean."""
     rows = [gains(group, seconds_a_draw(group, groups)) for group in groups]
-    for same in dict.fromkeys(group["same"] for group in groups):
-        ours = [row for row, group in zip(rows, groups) if group["same"] == same]
-        for row, p in zip(ours, holm([row["p"] for row in ours])):
+    for family in families(rows):
+        for row, p in zip(family, holm([row["p"] for row in family])):
             row["holm"] = p
-        if len({row["bench"] for row in ours}) > 1:
-            rows.append(mean_of(ours))
-    for row in rows:
-        del row["drawn"], row["by seed"]
-    return rows
+        if len({row["bench"] for row in family}) > 1:
+            rows.append(mean_of(family))
+    return [{key: value for key, value in row.items() if key not in ("same", "drawn", "by seed")} for row in rows]
+
+
+def families(rows: Sequence[dict]) -> list[list[dict]]:
+    """The rows of each configuration, which differ in their benchmark."""
+    return [[row for row in rows if row["same"] == same] for same in dict.fromkeys(row["same"] for row in rows)]
 
 
 def seconds_a_draw(group: dict, groups: Sequence[dict]) -> float:
@@ -445,7 +447,7 @@ def gains(group: dict, draw: float) -> dict:
     stages = ("pairs", "train", "answer", *(["sampled"] if method in ("vote", "retry") else []))
     extra = mean(sum(r["seconds"].get(stage, 0.0) for stage in stages) for r in everything if acts(r))
     return {
-        "bench": group["bench"], "name": group["name"], "n": n, "seeds": len(runs), "left out": group["left out"],
+        "bench": group["bench"], "name": group["name"], "same": group["same"], "n": n, "seeds": len(runs), "left out": group["left out"],
         "base": mean(r["base"]["exact"] for r in everything), "base interval": wilson(sum(r["base"]["exact"] for r in runs[0]), n),
         "after": spread([mean(r["answer"]["exact"] for r in run) for run in runs]), "gain": spread(gain.double().mean(1).tolist()),
         "drawn": drawn, "interval": interval(drawn) if gain.any() else (math.nan, math.nan), "by seed": by_seed,
@@ -489,13 +491,11 @@ def votes(groups: Sequence[dict]) -> list[dict]:
                          **{f"pass@{k}": over(lambda r: pass_at(k, len(r["sampled"]), sum(s["exact"] for s in r["sampled"])))
                             for k in sorted({1, min(5, most), most})},
                          "paper": PAPER_MEANS.get(config.get("method"), "") if as_in_paper(config) else ""})
-    for same in dict.fromkeys(row["same"] for row in rows):
-        ours = [row for row in rows if row["same"] == same]
-        if len({row["bench"] for row in ours}) > 1:
-            rows.append({"bench": f"mean of {len(ours)}", "name": ours[0]["name"], "same": same, "n": sum(row["n"] for row in ours),
-                         "seeds": min(row["seeds"] for row in ours), "paper": ours[0]["paper"], **{
-                             key: {"mean": mean(row[key]["mean"] for row in ours), "sd": math.nan} for key in ours[0]
-                             if isinstance(ours[0][key], dict) and all(key in row for row in ours)}})
+    for family in families(rows):
+        if len({row["bench"] for row in family}) > 1:
+            shared = {key: value for key, value in family[0].items() if all(key in row for row in family)}
+            means = {key: {"mean": mean(row[key]["mean"] for row in family), "sd": math.nan} for key, value in shared.items() if isinstance(value, dict)}
+            rows.append(shared | means | {"bench": f"mean of {len(family)}", "n": sum(row["n"] for row in family), "seeds": min(row["seeds"] for row in family)})
     return [{key: value for key, value in row.items() if key != "same"} for row in rows]
 
 

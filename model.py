@@ -106,7 +106,7 @@ class KVCache:
                 values = torch.cat((self.values[layer][:, :, :start], values), dim=2)
             self.keys[layer], self.values[layer], self.own[layer] = keys, values, False
             return keys, values
-        # In place: 16 tokens of the 0.5B, after 573, go in 1.5x faster than into new tensors, for five rows 4x (tests/benchmark.py).
+        # In place: 16 tokens of the 0.5B, after 573, go in twice as fast as into new tensors, for five rows 4x (tests/benchmark.py).
         if not self.own[layer] or self.keys[layer].shape[2] < end:
             for tensors in (self.keys, self.values):
                 B, G, _, K = tensors[layer].shape
@@ -224,7 +224,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * K, D, bias=False)
 
     def forward(self, x, cos, sin, mask, cache: KVCache) -> torch.Tensor:
-        """x (B, T, D), cos and sin (B, T, K), mask (B, 1, T, S) or None (causal) -> (B, T, D)."""
+        """x (B, T, D), cos and sin (B, 1, T, K), mask (B or 1, 1, T, S) or None (causal) -> (B, T, D)."""
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         k, v = cache.append(self.layer, rotate(k, cos, sin), v)
@@ -612,7 +612,7 @@ def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generat
     if temperature == 0:
         return int(logits.argmax())
     p = (logits.float() / temperature).softmax(-1)
-    # The most probable few hold the nucleus nearly always; to sort all takes 11 times as long on a CPU (tests/benchmark.py).
+    # The most probable few hold the nucleus nearly always; to sort all takes 10 times as long on a CPU (tests/benchmark.py).
     likely = (p >= p.topk(min(LIKELY, len(p))).values[-1]).nonzero()[:, 0]
     if float(p[likely].sum()) < min(top_p + 1e-3, 1):
         likely = torch.arange(len(p), device=p.device)

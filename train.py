@@ -67,7 +67,7 @@ WRITING, TRAINING = ("ttsi", "ttd", "tticl"), ("ttsi", "ttd", "sft")
 ONLY_FOR = {            # ... and that only these methods look at
     "gate": (*WRITING, "vote", "again"), **dict.fromkeys(("pair", "filter", "pairs"), WRITING), "k": (*WRITING, "icl"),
     **dict.fromkeys(("rank", "alpha", "targets", "epochs", "lr", "warmup", "kl"), TRAINING), "adapt": ("ttsi", "ttd"),
-    "train_limit": ("icl", "sft"), "train_batch": ("sft",)}
+    "train_limit": ("icl", "sft"), "train_batch": ("sft",), "teacher_model": ("ttd",), "teacher_apart": ("ttd",)}
 
 
 @dataclass(frozen=True)
@@ -685,38 +685,33 @@ RIVALS = {"tticl": tticl, "vote": vote, "retry": retry, "again": prompted(ask_ag
 UNGATED = ("icl", "sft", "retry")       # every sample's, whatever the gate: two learn from a training split, one has a gate of its own
 
 
-def in_halves(work: Callable[[Sequence[Sample]], list[Record]], samples: Sequence[Sample]) -> list[Record]:
-    """The work on a batch, in halves where the memory or the model's context does not hold it."""
+def in_halves(work: Callable[[Sequence[Sample]], list[Record]], samples: Sequence[Sample],
+              alone: Callable[[Sample, str], Record] | None = None) -> list[Record]:
+    """The work on a batch, in halves where the memory or the model's context does not hold it. alone: what to do for a sample that
+    fails by itself, told why; without it the error goes on."""
     try:
         return work(samples)
-    except (torch.OutOfMemoryError, ContextError):
-        if len(samples) == 1:
+    except (torch.OutOfMemoryError, ContextError) as error:
+        if len(samples) == 1 and not alone:
             raise
-    half = len(samples) // 2                            # what the failed pass held is free by now
-    return in_halves(work, samples[:half]) + in_halves(work, samples[half:])
-
-
-def what_failed(error: Exception) -> str:
-    return "too long" if isinstance(error, ContextError) else "out of memory"
+        why = "too long" if isinstance(error, ContextError) else "out of memory"
+    if len(samples) == 1:                               # what the failed pass held is free by now
+        return [alone(samples[0], why)]
+    half = len(samples) // 2
+    return in_halves(work, samples[:half], alone) + in_halves(work, samples[half:], alone)
 
 
 def improve_or_keep(agent: Agent, samples: Sequence[Sample], config: Config, known: Mapping[str, dict]) -> list[Record]:
     """`self_improve`, with smaller batches where need be; a sample that cannot be adapted alone keeps its direct answer."""
     def records_of(part): return [Record(**copy.deepcopy(known[s.id])) for s in part] if all(s.id in known for s in part) else []
 
-    def work(part):
-        try:
-            return self_improve(agent, part, config, records_of(part))
-        except (torch.OutOfMemoryError, ContextError) as error:
-            if len(part) > 1:
-                raise
-            why = what_failed(error)
-        record, = records_of(part) or assess(agent, part, config)
+    def keep(sample, why):
+        record, = records_of([sample]) or assess(agent, [sample], config)
         decide(record, config)
         forget(record)
         record.outcome = why
-        return [record]
-    return in_halves(work, samples)
+        return record
+    return in_halves(lambda part: self_improve(agent, part, config, records_of(part)), samples, keep)
 
 
 def reads(config: Config) -> tuple[tuple, tuple, tuple]:
@@ -923,17 +918,16 @@ def teach_apart(agent: Agent, share: Sequence[Sample], config: Config, folder: P
     teaching = replace(agent, teacher=load_teacher(config, device)[0])
 
     def write(part):
-        try:
-            write_pairs(teaching, [(sample.without_answers(), records[sample.id]) for sample in part], config)
-        except (torch.OutOfMemoryError, ContextError) as error:
-            if len(part) > 1:
-                raise
-            record = records[part[0].id]                # no pair, and why
-            record.seconds["pairs"], record.rejected = 0.0, [{"text": "", "reason": what_failed(error)}]
+        write_pairs(teaching, [(sample.without_answers(), records[sample.id]) for sample in part], config)
         return [records[sample.id] for sample in part]
+
+    def no_pair(sample, why):
+        record = records[sample.id]
+        record.seconds["pairs"], record.rejected = 0.0, [{"text": "", "reason": why}]
+        return record
     with tqdm(total=len(todo), unit="sample", desc="teacher", dynamic_ncols=True, disable=rank > 0) as bar:
         for batch in parts:
-            found = in_halves(write, batch)
+            found = in_halves(write, batch, no_pair)
             known.update({record.id: asdict(record) for record in found})
             append(folder / f"assessed-{rank}.jsonl", b"".join((json.dumps(asdict(record)) + "\n").encode() for record in found))
             bar.update(len(batch))
@@ -1046,16 +1040,13 @@ def parse_args(argv: Sequence[str] | None) -> list[tuple[Config, str]]:
     for values in product(*(values for _, values in swept)):
         changed = {name: value for (name, _), value in zip(swept, values)}
         options = given | changed
-        if swept:                                       # of several methods, each is given what it uses
-            for flag, methods in USES.items():
-                options[flag] = options[flag] if options["method"] in methods else ""
-            options["teacher_model"] = options["teacher_model"] if options["teacher"] else ""
-            options["teacher_apart"] = options["teacher_apart"] and bool(options["teacher"])
-        for name, methods in ONLY_FOR.items():
-            if options["method"] not in methods and options[name] != getattr(Config, name):
-                if not swept:
-                    raise ValueError(f"--{name.replace('_', '-')}: --method {options['method']} does not look at it, but {', '.join(methods)} do")
-                options[name] = getattr(Config, name)
+        unused = {name: methods for name, methods in (USES | ONLY_FOR).items()
+                  if options["method"] not in methods and options[name] != getattr(Config, name)}
+        if swept:                                       # of several methods, each is given what it looks at
+            options |= {name: getattr(Config, name) for name in unused}
+        elif unused:
+            name, methods = next(iter(unused.items()))
+            raise ValueError(f"--{name.replace('_', '-')}: --method {options['method']} does not look at it; what does: {', '.join(methods)}")
         config = Config(**options)
         if config not in [other for other, _ in configs]:           # as base with another k
             configs.append((config, "+".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in changed.items())))

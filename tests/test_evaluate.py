@@ -288,3 +288,11 @@ def test_rescoring_reads_the_stored_texts_and_writes_nothing(tmp_path, capsys):
     assert (folder / "records.jsonl").read_bytes() == before
     (tmp_path / "data.json").unlink()
     assert main([str(folder), "--rescore"]) == 2 and "data.json" in capsys.readouterr().err
+
+
+def test_the_mean_of_votes_has_what_all_benchmarks_have(tmp_path):
+    def voted(draws, right): return [{**r, "vote": part(right), "sampled": [part(i == 0) for i in range(draws)]} for r in RECORDS]
+    folders = [write_run(tmp_path / "a", voted(5, True), method="base"), write_run(tmp_path / "b", voted(3, False), method="base", bench="apibank")]
+    *_, both = evaluate.votes(evaluate.grouped(evaluate.read_runs(folders)))
+    assert (both["bench"], both["n"], both["vote"]["mean"], both["pass@1"]["mean"]) == ("mean of 2", 10, 0.5, pytest.approx((1 / 5 + 1 / 3) / 2))
+    assert "pass@5" not in both and "pass@3" not in both

@@ -189,12 +189,8 @@ NOT_READ = {        # which decide what is run, and on whom, not what is found o
 def test_every_option_is_looked_at_before_a_sweep_shares_anything(name):
     """A new option must be read by `reads`, or be in NOT_READ on purpose: else a sweep over it would share what differs."""
     field, = (f for f in dataclasses.fields(train.Config) if f.name == name)
-    with_it = {"method": "vote" if name == "samples" else "ttsi"}
-    with_it |= {"method": "ttd", "teacher": "a"} if name.startswith("teacher") else {}
-    with_it |= {"vote": True, "method": "base"} if name == "samples" else {}
-    with_it |= {"teacher": "http://a", "teacher_model": "a"} if name == "teacher_model" else {}
-    with_it |= {"tau": 0.5} if name == "gate_score" else {}
-    one = train.Config(**with_it)
+    one = train.Config(**{"teacher": {"method": "ttd", "teacher": "a"}, "teacher_model": {"method": "ttd", "teacher": "http://a", "teacher_model": "a"},
+                          "samples": {"method": "base", "vote": True}, "gate_score": {"tau": 0.5}}.get(name, {}))
     values = field.metadata.get("choices") or (("cheap", "all") if name == "scores" else
               ("q_proj", "v_proj") if name == "targets" else ("a", "b") if isinstance(field.default, str) else (0.5, 0.25) if isinstance(field.default, float) else (1, 2))
     values = (False, True) if isinstance(field.default, bool) else values
