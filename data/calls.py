@@ -1,6 +1,6 @@
-"""A tool call: reading it from a model's text, checking it against a tool's schema, comparing two of them.
+"""A tool call: read from a model's text, checked against a tool's schema, compared with another.
 
-Text from a model is data: it is parsed as JSON (or as a Python call through `ast`), never evaluated.
+Text from a model is data: it is parsed as JSON, or as a Python call through `ast`, never evaluated.
 """
 import ast
 import json
@@ -12,9 +12,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
-MAX_CHARS = 1 << 14     # the longest gold answer has some 300 characters; a longer text than this is no answer
-MAX_DEPTH = 32          # of brackets: real arguments have 3, and json would recurse too deep at about 1,000
-MAX_CODE = 500          # characters outside quotes in Python notation: bounds the tree that `ast` builds
+MAX_CHARS = 1 << 14     # the longest gold answer has some 300 characters; longer than this is none
+MAX_DEPTH = 32          # of brackets: real arguments have 3, and json recurses too deep at 1,000
+MAX_CODE = 500          # characters outside quotes in Python notation: bounds what `ast` builds
 
 
 @dataclass(frozen=True)
@@ -26,74 +26,80 @@ class Call:
 
 @dataclass(frozen=True)
 class Parsed:
-    """The calls in a text. `strict`: the text is the form asked for and nothing else; `recovery`: what was forgiven."""
+    """The calls in a text, and how far the text is from the form asked for."""
     calls: tuple[Call, ...]
-    strict: bool
-    recovery: str       # "" if strict, "unparsable" if there are no calls, else the first thing forgiven, by name
+    strict: bool        # the text is the form asked for and nothing else
+    recovery: str       # "" if strict, "unparsable" without calls, else the first thing forgiven
 
 
-# --- Reading: text -> calls ------------------------------------------------------------------------------------------
+# --- Reading: text -> calls -----------------------------------------------------------------------
 
-_OPENING = re.compile(r"[{\[]")
-_STRING = re.compile(r'''"(?:[^"\\]|\\.)*(?:"|\\?\Z)|'(?:[^'\\]|\\.)*(?:'|\\?\Z)''', re.S)  # unclosed too: linear time
+_UNREADABLE = (SyntaxError, TypeError, ValueError)
+# A quoted text. One that never closes goes on to the end, so that each search takes linear time.
+_STRING = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)""", re.S)
 _TOKEN = re.compile(_STRING.pattern + r"|[][{}()]", re.S)
-_BETWEEN = re.compile(r"</tool_call>\s*<tool_call>")
-_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?"       # JSON's: "007" is a text
-_CODE = re.compile(rf"(?:[\s,:=\[\]{{}}()]|[^\W\d]\w*(?=\s*[=(])|(?:True|False|None|{_NUMBER})(?!\w)|\$(?!\$))*")
+_OPENING = re.compile(r"[{\[]")
+_FORM = re.compile(r"(?:<tool_call>\s*\{\s*</tool_call>\s*)+")
+_NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?"   # JSON's: "007" is a text
+_CODE = re.compile(r"(?:[\s,:=\[\]{}()]|[^\W\d]\w*(?=\s*[=(])|\$(?!\$)|"
+                   rf"(?:True|False|None|{_NUMBER})(?!\w))*")
 
 
-def _spans(text: str) -> list[tuple[int, int]]:
-    """Where the outermost {...} and [...] lie, found in one pass; none at all if one never closes or is too deep."""
-    spans, end = [], 0
+def _outermost(text: str) -> tuple[list[str], str]:
+    """The outermost {...} and [...] of a text, and what is around them, with "{" for each; none
+    at all if one never closes or is too deep."""
+    values, around, end = [], "", 0
     while opening := _OPENING.search(text, end):
         depth = 0
-        for token in _TOKEN.finditer(text, opening.start()):    # quotes count in brackets only: outside, 5" is prose
+        for token in _TOKEN.finditer(text, opening.start()):    # outside brackets, 5" is prose
             depth += (token[0] in "{[(") - (token[0] in "}])")
             if depth == 0 or depth > MAX_DEPTH:
                 break
         if depth != 0:
-            return []
+            return [], ""
+        around += text[end:opening.start()] + "{"
         end = token.end()
-        spans.append((opening.start(), end))
-    return spans
+        values.append(text[opening.start():end])
+    return values, around + text[end:]
 
 
-def _syntax(code: str) -> list[ast.stmt]:
-    """Python notation as statements; raises SyntaxError or ValueError. Long chains of operators can crash Python's
-    parser, so it sees only words, numbers, brackets and quoted text, few and shallow (and no backslash)."""
+def _checked(code: str) -> str:
+    """The code itself, if it has but words, numbers, quotes and brackets; ValueError otherwise."""
+    # Long chains of operators can crash Python's parser, so it never sees any.
     bare = _STRING.sub("$", code)
-    if "\\" in code or len(bare) > MAX_CODE or not _CODE.fullmatch(bare) or not _spans(f"[{bare}]"):
+    plain = "\\" not in code and len(bare) <= MAX_CODE and _CODE.fullmatch(bare)
+    if not plain or not _outermost(f"[{bare}]")[0]:
         raise ValueError("not a plain literal or call")
-    return ast.parse(code).body
+    return code
 
 
 def _plain(value: object) -> object:
-    """`value` as JSON gives it back; raises TypeError or ValueError for what JSON or UTF-8 cannot hold (a set, NaN, a
-    lone surrogate), since such a call could not be stored or shown to a model again."""
+    """`value` as JSON gives it back; raises TypeError or ValueError for what JSON or UTF-8 cannot
+    hold (a set, NaN, a lone surrogate), as no record or prompt could hold it."""
     return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode().decode())
 
 
 def _read(text: str) -> tuple[object, str]:
-    """The list or object that a text is, and how: "" for JSON, "python notation" for {'a': True}; None if neither."""
+    """The list or object that a text is (None if it is neither), and what was forgiven."""
     text = text.strip()
-    if _spans(text) == [(0, len(text))]:
-        for how, load in (("", json.loads), ("python notation", lambda code: ast.literal_eval(_syntax(code)[0].value))):
-            try:
-                return _plain(load(text)), how
-            except (SyntaxError, TypeError, ValueError):
-                continue
+    for how in ("", "python notation") if _outermost(text)[1] == "{" else ():
+        try:
+            return _plain(ast.literal_eval(_checked(text)) if how else json.loads(text)), how
+        except _UNREADABLE:
+            continue
     return None, ""
 
 
 def _as_call(value: object) -> tuple[Call, str]:
-    """The call that an object holds, and what was forgiven ("" if nothing); ValueError if it holds none."""
+    """The call that an object holds, and what was forgiven; ValueError if it holds none."""
     if not isinstance(value, dict):
         raise ValueError("not an object")
     forgiven = "" if value.keys() == {"name", "arguments"} else "other keys"
-    if isinstance(value.get("function"), dict):         # OpenAI's {"type": "function", "function": {...}}
+    if isinstance(value.get("function"), dict):     # OpenAI's {"type": "function", "function": {}}
         value = value["function"]
     name = next((value[key] for key in ("name", "tool", "function") if key in value), None)
-    arguments = next((value[key] for key in ("arguments", "parameters", "args") if key in value), {})
+    keys = (key for key in ("arguments", "parameters", "args") if key in value)
+    arguments = value.get(next(keys, None), {})
     if isinstance(arguments, str):
         arguments, forgiven = _read(arguments)[0], forgiven or "arguments as text"
     if not (isinstance(name, str) and name and isinstance(arguments, dict)):
@@ -101,94 +107,87 @@ def _as_call(value: object) -> tuple[Call, str]:
     return Call(name, arguments), forgiven
 
 
-def _container(text: str, spans: list[tuple[int, int]]) -> str:
-    """What stands around the values, as the name of a recovery; "" for closed <tool_call> blocks and nothing else."""
-    edges = [0, *(edge for span in spans for edge in span), len(text)]
-    first, *between, last = (text[start:end].strip() for start, end in zip(edges[::2], edges[1::2]))
-    if (first, last) == ("<tool_call>", "</tool_call>") and all(map(_BETWEEN.fullmatch, between)):
+def _container(text: str, around: str) -> str:
+    """What stands around the values of a text, as a recovery; "" for <tool_call> blocks alone."""
+    if _FORM.fullmatch(around):
         return ""
-    outside = " ".join([first, *between, last])
-    if "```" in outside:
+    if "```" in around:
         return "fenced code"
-    if outside.rfind("<tool_call>") > outside.rfind("</tool_call>"):
+    if around.rfind("<tool_call>") > around.rfind("</tool_call>"):
         return "unclosed block"
-    if outside.strip(" ,;"):
+    if " ".join(map(str.strip, around.split("{"))).strip(" ,;"):
         return "surrounding text"
-    return "several objects" if between else "bare list" if text.startswith("[") else "bare object"
+    if around.count("{") > 1:
+        return "several objects"
+    return "bare list" if text.startswith("[") else "bare object"
 
 
 def _json_calls(text: str) -> tuple[list[Call], str]:
-    """The calls of a text, and what was forgiven; ValueError if any of its outermost objects and lists is no call."""
-    spans = _spans(text)
-    forgiven = [_container(text, spans)] if spans else []
-    calls = []
-    for start, end in spans:
-        value, how = _read(text[start:end])
-        items = value if isinstance(value, list) else [value]
-        forgiven += [how, "list" if items is value else ""]
-        for call, what in map(_as_call, items):
+    """The calls of a text, and what was forgiven; ValueError if an object or a list is no call."""
+    values, around = _outermost(text)
+    calls, forgiven = [], [_container(text, around)]
+    for value, how in map(_read, values):
+        listed = isinstance(value, list)
+        forgiven += [how, "list" if listed else ""]
+        for item in value if listed else [value]:
+            call, what = _as_call(item)
             calls.append(call)
             forgiven.append(what)
     return calls, next(filter(None, forgiven), "")
 
 
 def _python_calls(text: str) -> tuple[list[Call], str]:
-    """Calls like `name(a=1, b="x")`, one or several; SyntaxError, TypeError or ValueError if there is anything else."""
+    """Calls like `name(a=1, b="x")`, one or several; raises if there is anything else."""
     calls = []
     lines = re.sub(r"</?tool_call>|```\w*", "\n", text).split("\n")
-    for statement in _syntax("\n".join(line.strip() for line in lines)):
+    for statement in ast.parse(_checked("\n".join(map(str.strip, lines)))).body:
         value = statement.value if isinstance(statement, ast.Expr) else None
         for node in value.elts if isinstance(value, (ast.List, ast.Tuple)) else [value]:
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            if not named or node.args:
                 raise ValueError("not a call with keyword arguments")
-            calls.append(Call(node.func.id, _plain({k.arg: ast.literal_eval(k.value) for k in node.keywords})))
+            arguments = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+            calls.append(Call(node.func.id, _plain(arguments)))
     return calls, "python notation"
 
 
 def parse_calls(text: str) -> Parsed:
-    """The calls in a model's answer, for any text whatever: it never raises, and takes time linear in the length.
+    """The calls in a model's answer. It never raises, and takes time linear in the text's length.
 
-    Strict is one or more `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>` and nothing else. Recoveries:
-    "fenced code", "unclosed block", "surrounding text", "several objects", "bare list", "bare object", "list" (in a
-    block), "other keys", "arguments as text", "python notation".
+    Strict is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, once or more, and
+    nothing else. Recoveries: "fenced code", "unclosed block", "surrounding text", "several
+    objects", "bare list", "bare object", "list" (in a block), "other keys", "arguments as text",
+    "python notation".
 
     `parse_calls('f(a=1)') -> Parsed((Call("f", {"a": 1}),), False, "python notation")`
     """
-    # ours: half an answer is no answer. Where one object or block cannot be read, the whole text is unparsable.
+    # ours: half an answer is no answer. If one object or block cannot be read, the whole text is
+    # unparsable.
     text = text.strip()
     for read in (_json_calls, _python_calls) if len(text) <= MAX_CHARS else ():
         try:
             calls, recovery = read(text)
-        except (SyntaxError, TypeError, ValueError):
+        except _UNREADABLE:
             continue
         if calls:
             return Parsed(tuple(calls), not recovery, recovery)
     return Parsed((), False, "unparsable")
 
 
-# --- Checking: call -> what is wrong with it -------------------------------------------------------------------------
+# --- Checking: call -> what is wrong with it ------------------------------------------------------
 
-_KINDS = {"string": "string", "str": "string", "integer": "number", "int": "number", "number": "number",
-          "float": "number", "boolean": "boolean", "bool": "boolean", "array": "array", "list": "array",
-          "object": "object", "dict": "object"}
-
-
-def _type(schema: dict) -> str:
-    """The first word of a declared type: "list" for `list(str)`, "none" if it is missing."""
-    return re.split(r"\W", str(schema.get("type")).lower(), maxsplit=1)[0]
+_KINDS = {"string": "string", "str": "string", "integer": "integer", "int": "integer",
+          "number": "number", "float": "number", "boolean": "boolean", "bool": "boolean",
+          "array": "array", "list": "array", "object": "object", "dict": "object"}
 
 
 def _kind(schema: dict) -> str:
-    """The JSON kind of a declared type; "" if it is missing or not understood (`Union[...]`), which any value fits."""
-    return _KINDS.get(_type(schema), "")
-
-
-def _find(tools: Sequence[dict], name: str) -> dict | None:
-    return next((tool for tool in tools if tool["name"] == name), None)
+    """The kind of a declared type: "array" for `list(str)`, "" if none is understood (any fits)."""
+    return _KINDS.get(re.split(r"\W", str(schema.get("type")).lower(), maxsplit=1)[0], "")
 
 
 def _marked(tool: dict) -> frozenset[str] | None:
-    """The parameters marked as required, each for itself or in a list beside; None if the tool marks nothing at all."""
+    """The parameters marked as required, each or in a list beside; None if nothing is marked."""
     parameters = tool.get("parameters") or {}
     if "required" not in tool and not any("required" in p for p in parameters.values()):
         return None
@@ -201,9 +200,10 @@ def required_arguments(tool: dict) -> frozenset[str]:
     marked = _marked(tool)
     if marked is not None:
         return marked
-    # ours: a tool that marks nothing requires each parameter without a default. API-Bank's tools mark nothing, and of
-    # 258 gold calls of theirs 248 give every parameter (561 of 575 values).
-    return frozenset(name for name, p in (tool.get("parameters") or {}).items() if "default" not in p)
+    # ours: a tool that marks nothing requires each parameter without a default. API-Bank's tools
+    # mark nothing, and of 258 gold calls of theirs 248 give every parameter (561 of 575 values).
+    parameters = tool.get("parameters") or {}
+    return frozenset(name for name, schema in parameters.items() if "default" not in schema)
 
 
 def _is_empty(value: object) -> bool:
@@ -216,13 +216,18 @@ def _fits(value: object, schema: dict) -> bool:
     if kind in ("", "string"):
         return kind == "" or isinstance(value, str)
     found, content = value_key(value, schema)
-    return found == kind and (_type(schema) not in ("int", "integer") or content == content.to_integral_value())
+    if kind == "integer":
+        return found == "number" and content == content.to_integral_value()
+    return found == kind
 
 
 def check_call(call: Call, tools: Sequence[dict]) -> str:
-    """What is wrong with a call by its tool's schema: "unknown tool", "missing argument: x", "unknown argument: x" or
-    "wrong type: x"; "" if nothing. For an optional argument "" and null mean absent, and are right."""
-    tool = _find(tools, call.name)
+    """What is wrong with a call by its tool's schema; "" if nothing.
+
+    "unknown tool", "missing argument: x", "unknown argument: x" or "wrong type: x". For an
+    optional argument "" and null mean absent, and are right.
+    """
+    tool = next((tool for tool in tools if tool["name"] == call.name), None)
     if tool is None:
         return "unknown tool"
     parameters, required = tool.get("parameters") or {}, required_arguments(tool)
@@ -232,67 +237,77 @@ def check_call(call: Call, tools: Sequence[dict]) -> str:
     for name, value in call.arguments.items():
         if name not in parameters:
             return f"unknown argument: {name:.40}"
-        if not (_is_empty(value) and name not in required) and not _fits(value, parameters[name]):
+        absent = _is_empty(value) and name not in required
+        if not absent and not _fits(value, parameters[name]):
             return f"wrong type: {name}"
     return ""
 
 
-# --- Comparing: two calls are equal if and only if their keys are ----------------------------------------------------
+# --- Comparing: two calls are equal if and only if their keys are ---------------------------------
+
+def _meant(text: str, kind: str) -> object:
+    """What a text stands for: the value written in it, where the kind lets it be one, or itself."""
+    text = unicodedata.normalize("NFC", text).strip()
+    if kind in ("array", "object"):
+        written = _read(text)[0]
+        return written if isinstance(written, list if kind == "array" else dict) else text
+    if kind in ("integer", "number", "") and re.fullmatch(_NUMBER, text):
+        return Decimal(text)
+    if kind in ("boolean", "") and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return text
+
 
 def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashable]:
-    """What a value means under its schema: ("number", Decimal("5")) for 5, 5.0 and, unless a string is declared, "5".
+    """What a value means under its schema: ("number", Decimal("5")) for 5, 5.0 and "5".
 
-    Where a string is declared, a number or boolean is read as its JSON text. Where the type is unknown, as it is inside
-    a list or object, a text that is a number or boolean is read as one. Booleans are never numbers.
+    Where a string is declared, a number or boolean is read as its JSON text. Where the type is
+    unknown, as it is inside a list or object, a text that is a number or boolean is read as one.
+    Booleans are never numbers.
     """
     kind = _kind(schema)
     if isinstance(value, str):
-        text = unicodedata.normalize("NFC", value).strip()
-        written = _read(text)[0] if kind in ("array", "object") else None
-        if isinstance(written, {"array": list, "object": dict}.get(kind, ())):
-            value = written
-        elif kind in ("number", "") and re.fullmatch(_NUMBER, text):
-            return "number", Decimal(text)
-        elif kind in ("boolean", "") and text.lower() in ("true", "false"):
-            return "boolean", text.lower() == "true"
-        else:
-            return "string", text
+        value = _meant(value, kind)
+    if isinstance(value, float):                # as a number, NaN would not equal itself
+        value = Decimal(repr(value)) if math.isfinite(value) else str(value)
+    if isinstance(value, str):
+        return "string", value
     if isinstance(value, bool):
         return ("string", str(value).lower()) if kind == "string" else ("boolean", value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return "string", str(value)             # as a number, NaN would not equal itself
-    if isinstance(value, (int, float)):
-        number = Decimal(repr(value) if isinstance(value, float) else value)
-        return ("string", f"{number:f}".removesuffix(".0")) if kind == "string" else ("number", number)
-    if value is None or depth == MAX_DEPTH:     # what lies deeper was not read from a text, and is not looked at
+    if isinstance(value, (int, Decimal)):
+        text = f"{Decimal(value):f}".removesuffix(".0")
+        return ("string", text) if kind == "string" else ("number", Decimal(value))
+    if value is None or depth == MAX_DEPTH:     # deeper was not read from a text; not looked at
         return "null", None
     if isinstance(value, dict):
-        return "object", frozenset((name, value_key(v, {}, depth + 1)) for name, v in value.items())
-    return "array", tuple(value_key(v, {}, depth + 1) for v in value)
+        return "object", frozenset((k, value_key(v, {}, depth + 1)) for k, v in value.items())
+    return "array", tuple(value_key(item, {}, depth + 1) for item in value)
 
 
 def call_key(call: Call, tools: Sequence[dict]) -> tuple[str, frozenset]:
-    """What a call means: its name and the set of (argument, value key), less the absent ones, with declared defaults.
+    """What a call means: its name and the set of (argument, value key), with declared defaults.
 
-    "" and null mean absent for an argument that the tool has and does not mark as required. Arguments and tools that
-    no schema describes have values of unknown type.
+    "" and null mean absent for an argument that the tool has and does not mark as required. What
+    no schema describes has values of unknown type.
     """
-    tool = _find(tools, call.name) or {}
+    tool = next((tool for tool in tools if tool["name"] == call.name), {})
     parameters, required = tool.get("parameters") or {}, _marked(tool) or frozenset()
-    defaults = {name: p["default"] for name, p in parameters.items() if not _is_empty(p.get("default"))}
-    given = {name: value for name, value in call.arguments.items()
-             if not _is_empty(value) or name in required or name not in parameters}
+    values = {name: schema.get("default") for name, schema in parameters.items()}
+    values = {name: value for name, value in values.items() if not _is_empty(value)}
+    for name, value in call.arguments.items():
+        if not _is_empty(value) or name in required or name not in parameters:
+            values[name] = value
     return call.name, frozenset((name, value_key(value, parameters.get(name, {})))
-                                for name, value in (defaults | given).items())
+                                for name, value in values.items())
 
 
 def calls_key(calls: Sequence[Call], tools: Sequence[dict]) -> Hashable:
-    """What an answer means: the multiset of its calls. Equal answers have equal keys, so a vote counts these."""
+    """What an answer means: the multiset of its calls. A vote counts these."""
     return frozenset(Counter(call_key(call, tools) for call in calls).items())
 
 
 def equal_values(a: object, b: object, schema: dict) -> bool:
-    """Whether two values of a parameter are the same: `equal_values("5", 5.0, {"type": "integer"}) -> True`."""
+    """Whether two values mean the same: `equal_values("5", 5.0, {"type": "integer"}) -> True`."""
     return value_key(a, schema) == value_key(b, schema)
 
 
