@@ -1,12 +1,16 @@
-"""G, the self-augmentation of Algorithm 1: new pairs (request x', calls y') like an uncertain sample.
+"""G, the self-augmentation of Algorithm 1: new pairs (request x', calls y') like a sample.
 
 The writer, which is the model itself (TT-SI) or a teacher (TT-D), sees the sample's tools and
 request, never its label. A pair is kept only if it parses and fits the tools' schema; each try
 that is not kept has a reason. A kept pair is what the sample's adapter is trained on.
 """
+import os
+import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from typing import Protocol
 
 import torch
@@ -101,8 +105,69 @@ class LocalWriter:
         return [[self.tokenizer.decode(next(written).ids) for _ in own] for own in keys]
 
 
+RETRIES = 5     # further tries of a request to a server that is busy, broken or late
+
+
+@dataclass(frozen=True)
 class ServerWriter:
-    pass
+    """A teacher behind an OpenAI-compatible API. The key, OPENAI_API_KEY, goes to that host alone,
+    over plain http to this machine only. A redirect is followed without the key. ValueError for
+    a URL that is not safe, ConnectionError in one sentence where no reply can be had."""
+    url: str
+    model: str
+    wait: float = 1.0           # seconds before the second try; each further one doubles it
+    timeout: float = 120.0
+
+    def __post_init__(self):
+        safe = r"(https?)://([\w.-]+|\[[0-9a-f:]+\])(:\d+)?(/[\w.~/-]*)?/v1/?"
+        parts = re.fullmatch(safe, self.url)
+        if not parts:           # the URL is not shown: it may hold a password
+            raise ValueError("--teacher: a URL looks like https://host/v1: it ends in /v1, and has "
+                             "no user name, no key and no query")
+        local = parts[2] in ("localhost", "127.0.0.1", "[::1]")
+        if parts[1] == "http" and not local and os.environ.get("OPENAI_API_KEY"):
+            raise ValueError(f"--teacher {self.url}: OPENAI_API_KEY would travel unencrypted; use "
+                             "https, or unset the key")
+
+    def __call__(self, prompts, limit, temperature, top_p, keys) -> list[list[str]]:
+        """As Writer; how long a text may be is left to the server."""
+        from huggingface_hub import InferenceClient     # only here: it takes a second to import
+        # without a key it would send the user's own token for the hub
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+        client = InferenceClient(base_url=self.url, api_key=key, timeout=self.timeout)
+        jobs = []
+        for (messages, start), own in zip(prompts, keys):
+            *before, last = messages
+            if start:           # the API cannot begin the assistant's turn, so the user asks for it
+                last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
+                                           f"Write what follows, and nothing else:\n{start}"}
+            for key in own:
+                seed = seeded(*key).initial_seed() % 2 ** 31    # where the server heeds it
+                jobs.append((start, {"messages": [*before, last], "model": self.model, "seed": seed,
+                                     "temperature": temperature, "top_p": top_p}))
+        with ThreadPool(8) as pool:
+            texts = iter(list(pool.imap(lambda job: self.ask(client, *job), jobs)))
+        return [[next(texts) for _ in own] for own in keys]
+
+    def ask(self, client, start: str, request: dict) -> str:
+        """One text, without what repeats `start`. A busy, broken or late server is asked again."""
+        from huggingface_hub.errors import HTTPError    # the HTTP library's own; no OSError
+        for attempt in range(RETRIES + 1):
+            try:
+                text = client.chat_completion(**request).choices[0].message.content or ""
+                overlap = next(i for i in range(len(start) + 1) if text.startswith(start[i:]))
+                return text[len(start) - overlap:]
+            except (HTTPError, OSError, ValueError, TypeError, LookupError,
+                    AttributeError) as error:           # the last four: it is no chat completion
+                code = getattr(getattr(error, "response", None), "status_code", 0)
+                problem = f"HTTP {code}" if code else type(error).__name__
+            if 400 <= code < 500 and code not in (408, 409, 429):
+                raise ConnectionError(f"--teacher {self.url}: {problem}; are the URL, "
+                                      "--teacher-model and OPENAI_API_KEY right?")
+            if attempt < RETRIES:
+                time.sleep(self.wait * 2 ** attempt)
+        raise ConnectionError(f"--teacher {self.url}: no chat completion after {RETRIES + 1} tries "
+                              f"({problem})")
 
 
 # ----------------------------------------------------------------------------- write, check, keep
@@ -174,7 +239,7 @@ def sample_labels(writer: Writer, drafts: Sequence[Draft], attempt: int, config,
     """For each draft, `count` sampled answers to its request."""
     prompts = [(call_prompt(with_request(d.sample, d.request)), "") for d in drafts]
     keys = [[(config.seed, d.sample.id, "label", attempt, i) for i in range(count)] for d in drafts]
-    return writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys) if drafts else []
+    return writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys)
 
 
 def write_drafts(writer: Writer, todo: Sequence[tuple[Sample, Found]], attempt: int,
@@ -202,7 +267,8 @@ def write_drafts(writer: Writer, todo: Sequence[tuple[Sample, Found]], attempt: 
     return drafts
 
 
-def synthesize(writer: Writer, samples: Sequence[Sample], config, label=label_drafts) -> list[Found]:
+def synthesize(writer: Writer, samples: Sequence[Sample], config,
+               label=label_drafts) -> list[Found]:
     """For each sample up to K pairs (x', y') and the tries that failed, at most TRIES a pair."""
     found = {sample.id: Found(sample.id) for sample in samples}
     for attempt in range(TRIES * config.k):
@@ -210,7 +276,8 @@ def synthesize(writer: Writer, samples: Sequence[Sample], config, label=label_dr
         if not todo:
             break
         drafts = write_drafts(writer, todo, attempt, config)
-        for draft, answer in zip(drafts, label(writer, drafts, attempt, config)):
+        answers = label(writer, drafts, attempt, config) if drafts else []
+        for draft, answer in zip(drafts, answers):
             own = found[draft.sample.id]
             own.texts += answer.sampled
             if answer.reason:

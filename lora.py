@@ -19,6 +19,7 @@ from torch import nn
 # every linear layer of a block
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+PEFT = "base_model.model."      # what peft puts before a layer's name
 Params = dict[str, tuple[torch.Tensor, torch.Tensor]]   # layer name -> A (B, R, in), B (B, out, R)
 
 
@@ -82,7 +83,7 @@ def merge(layer: nn.Linear, A: torch.Tensor, B: torch.Tensor, alpha: float) -> t
 def save_adapter(folder: Path, params: Params, alpha: float, row: int = 0) -> None:
     """Write one row's adapter in the format of Hugging Face's peft."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}.lora_{letter}.weight": tensor[row].detach().cpu().contiguous()
+    tensors = {f"{PEFT}{name}.lora_{letter}.weight": tensor[row].detach().cpu().contiguous()
                for name, pair in params.items() for letter, tensor in zip("AB", pair)}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     rank = next(iter(params.values()))[0].shape[1]
@@ -102,16 +103,17 @@ def load_adapter(folder: Path, model: nn.Module) -> tuple[Params, float]:
         alpha, rank = float(config["lora_alpha"]), int(config["r"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: no adapter in peft's format ({error})") from error
-    if config.get("use_dora") or config.get("use_rslora") or config.get("bias", "none") != "none":
-        raise ValueError(f"{folder}: only plain LoRA is implemented")
+    other = [name for name in ("use_dora", "use_rslora", "alpha_pattern") if config.get(name)]
+    if other or config.get("bias", "none") != "none":
+        raise ValueError(f"{folder}: only plain LoRA is implemented, without {other or 'bias'}")
     params = {}
     for name, layer in model.named_modules():
-        pair = [tensors.pop(f"base_model.model.{name}.lora_{letter}.weight", None) for letter in "AB"]
-        if pair[0] is None or pair[1] is None:
+        A, B = [tensors.pop(f"{PEFT}{name}.lora_{letter}.weight", None) for letter in "AB"]
+        if A is None or B is None:
             continue
-        if pair[0].shape != (rank, layer.in_features) or pair[1].shape != (layer.out_features, rank):
+        if (*A.shape, *B.shape) != (rank, layer.in_features, layer.out_features, rank):
             raise ValueError(f"{folder}: the adapter's {name} does not fit this model")
-        params[name] = tuple(t[None].float().to(layer.weight.device) for t in pair)
+        params[name] = tuple(t[None].float().to(layer.weight.device) for t in (A, B))
     if tensors or not params:
-        raise ValueError(f"{folder}: {next(iter(tensors), 'nothing in it')} fits no layer of this model")
+        raise ValueError(f"{folder}: this model has no layer for {next(iter(tensors), 'it')}")
     return params, alpha

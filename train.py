@@ -1,8 +1,7 @@
 """TT-SI, test-time self-improvement: Algorithm 1 over the samples of a benchmark.
 
     python train.py --bench nexusraven                    # the bundled model, or Qwen2.5 on a GPU
-    python train.py --bench sealtool --model Qwen/Qwen2.5-1.5B-Instruct --seed 1
-    python train.py --bench toolalpaca --model ~/models/qwen --adapt suffix --limit 20
+    python train.py --bench sealtool --model Qwen/Qwen2.5-1.5B-Instruct --adapt suffix --seed 1
     for tau in 0.35 0.55 0.75; do python train.py --bench apibank --tau $tau; done      # H is kept
     torchrun --nproc-per-node 4 train.py --bench apibank  # four processes share the samples
 
@@ -19,7 +18,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import wraps
 from itertools import takewhile
@@ -33,18 +32,16 @@ from tqdm import tqdm
 
 import augment
 import data
-import evaluate
 import lora
 import model as qwen
 import uncertainty
 from augment import Found, LocalWriter, ServerWriter, Writer, synthesize
 from data import Sample, call_prompt, call_text, request_text, with_request
-from evaluate import Record, exact_match
+from evaluate import Record, exact_match, printable, reachable, read_run, table, write_run
 from lora import adapters, new_params
 from model import KVCache, Qwen2, Tokenizer, fingerprint, generate, pad, seeded
 from uncertainty import PrefixCaches, score_candidates, softmax_difference
 
-TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
 WARMUP = 0.03           # paper: the share of the steps that warm up
 BATCH_TOKENS = 1 << 15  # on a GPU: of the prompts of a batch
@@ -74,8 +71,8 @@ class Config:
                        "the request, then the majority of sampled calls", "joint", "request")
     temperature: float = option(0.7, "G", "of all sampling")
     top_p: float = option(0.95, "G", "nucleus of all sampling, in (0, 1]")
-    adapt: str = option("full", "T", "full (paper): the adapter acts on every token; suffix (ours): "
-                        "on those after the tools, which is cheaper", "full", "suffix")
+    adapt: str = option("full", "T", "full (paper): the adapter acts on every token; suffix (ours), "
+                        "which is cheaper: on those after the tools", "full", "suffix")
     rank: int = option(8, "T", "rank r of the LoRA adapters")
     alpha: float = option(16.0, "T", "the adapter is scaled by alpha / r")
     epochs: int = option(5, "T", "passes over a sample's pairs")
@@ -92,17 +89,13 @@ class Config:
     fresh: bool = option(False, HOW, "forget what is kept of this configuration")
 
     def __post_init__(self):
-        def need(holds: bool, name: str, what: str) -> None:
-            if not holds:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} {getattr(self, name)}: must be {what}")
-        need(0 <= self.tau <= 1, "tau", "in [0, 1]")
-        need(0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        need(0 < self.alpha < math.inf, "alpha", "above 0")
-        for name in ("temperature", "lr", "limit", "batch"):
-            need(0 <= getattr(self, name) < math.inf, name, "0 or more")
-        for name in ("k", "rank", "epochs", "max_new_tokens"):
-            need(getattr(self, name) >= 1, name, "1 or more")
+        least = {"k": 1, "rank": 1, "epochs": 1, "max_new_tokens": 1, "alpha": 1e-9, "top_p": 1e-9}
+        most = {"tau": 1, "top_p": 1}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            low, high = least.get(f.name, 0), most.get(f.name, sys.maxsize)
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                raise ValueError(f"--{f.name} {value}: must be in [{low}, {high}]")
         if (self.method == "ttd") != bool(self.teacher):
             raise ValueError("--method ttd and --teacher need each other")
         if ("://" in self.teacher) != bool(self.teacher_model):
@@ -129,17 +122,17 @@ class Assessed:
     request: str
     candidates: dict[str, float]        # tool name -> l_n, nats
     margin: float                       # u(x), the softmax difference
+    prompt_tokens: int
     text: str                           # the direct answer
     ids: list[int]                      # its tokens, without the end token
     log_p: list[float]                  # of each token chosen, the end token included, nats
     entropy: list[float]                # of the distribution that each was chosen from, nats
-    prompt_tokens: int
     seconds: float = 0.0                # of each line, filled in by Kept
 
 
 def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Assessed]:
     """H and the direct answers of a batch: how sure is theta_0 of each sample?"""
-    model, tokenizer, chats, scores, caches = agent.model, agent.tokenizer, [], [], []
+    model, tokenizer, lines, caches, last = agent.model, agent.tokenizer, [], [], []
     for sample in samples:
         head, rest = tokenizer.split_chat(call_prompt(sample))      # the tools; the request
         cache = agent.prefixes.read(head)
@@ -147,17 +140,14 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Asse
             model(torch.tensor([rest[:-1]], device=model.device), cache)
         names = [tool["name"] for tool in sample.tools]
         l = score_candidates(model, tokenizer, cache, rest[-1:], names)
-        scores.append(dict(zip(names, l.tolist())))
-        chats.append(head + rest)
+        lines.append(Assessed(sample.id, request_text(sample), dict(zip(names, l.tolist())),
+                              softmax_difference(l), len(head) + len(rest), "", [], [], []))
         caches.append(cache)
-    answers = generate(model, [chat[-1:] for chat in chats], tokenizer.eos,
-                       config.max_new_tokens, KVCache.stack(caches))
-    lines = []
-    for sample, chat, candidates, answer in zip(samples, chats, scores, answers):
-        margin = softmax_difference(torch.tensor(list(candidates.values())))
-        lines.append(Assessed(sample.id, request_text(sample), candidates, margin,
-                              tokenizer.decode(answer.ids), answer.ids, answer.log_p,
-                              answer.entropy, len(chat)))
+        last.append(rest[-1:])
+    answers = generate(model, last, tokenizer.eos, config.max_new_tokens, KVCache.stack(caches))
+    for line, answer in zip(lines, answers):
+        line.text, line.ids = tokenizer.decode(answer.ids), answer.ids
+        line.log_p, line.entropy = answer.log_p, answer.entropy
     return lines
 
 
@@ -371,8 +361,13 @@ class Kept:
         for line in new:
             line.seconds = round((time.perf_counter() - start) / len(new), 4)
             lines[line.id] = line
-        if new:
-            self.append(f"{name}.{self.process}.jsonl", [key, *(json.dumps(asdict(x)) for x in new)])
+        if new:                         # in one write, flushed and synced
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / f"{name}.{self.process}.jsonl", "a", encoding="utf-8") as file:
+                texts = [json.dumps(asdict(line)) for line in new]
+                file.write("\n".join(texts if file.tell() else [key, *texts]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         return {x.id: lines[x.id] for x in samples if x.id in lines}
 
     def read(self, stage: Stage, name: str) -> dict:
@@ -384,21 +379,12 @@ class Kept:
                 continue
             for number, text in enumerate(file.read_bytes().split(b"\n")[1:], 2):
                 try:
-                    line = stage.line(**json.loads(text)) if text else None
-                except (ValueError, TypeError):
-                    print(f"{file}, line {number}: is torn; its sample is computed again")
-                    continue
-                if line:
+                    line = stage.line(**json.loads(text or b"{}"))
                     lines[line.id] = line
+                except (ValueError, TypeError):
+                    if text:
+                        print(f"{file}, line {number}: is torn; its sample is computed again")
         return lines
-
-    def append(self, name: str, texts: Sequence[str]) -> None:
-        """Add lines in one write, flushed and synced; the first of a file is its key."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write("\n".join(texts[1:] if file.tell() else texts) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 # ------------------------------------------------------------------------------------ the program
@@ -439,7 +425,7 @@ def choose(config: Config) -> Config:
     told = [f"{f.name}={Path(str(getattr(config, f.name))).name}" for f in fields(config)
             if f.name not in SILENT and getattr(config, f.name) != f.default]
     name = "-".join([config.bench, Path(model).name, config.method, *told, f"s{config.seed}"])
-    what = "our own bundled samples, not the benchmark" if source == "bundled" else "the real samples"
+    what = "bundled samples, not the benchmark" if source == "bundled" else "the real samples"
     print(f"{config.bench}: {model} on {what}; {device}, {dtype}   (--model, --data and --device "
           "change it)", flush=True)
     return replace(config, model=model, device=device, dtype=dtype, data=source,
@@ -447,14 +433,14 @@ def choose(config: Config) -> Config:
                    lr=config.lr or (TINY_LR if model == "tiny" else 1e-4))
 
 
-def load_writer(name: str, config: Config, flag: str) -> LocalWriter:
+def load_writer(name: str, config: Config) -> LocalWriter:
     """A model with its tokenizer and caches: the agent's own, or a teacher's."""
-    folder = TINY if name == "tiny" else qwen.find_checkpoint(name, config.offline, flag)
-    small = qwen.ModelConfig.from_folder(folder).hidden_size <= 512
-    if small:                           # its time goes into calls, not into products
-        torch.set_num_threads(1)
+    tiny = Path(data.__file__).parent / "tiny"
+    folder = tiny if name == "tiny" else qwen.find_checkpoint(name, config.offline)
+    if name == "tiny":
+        torch.set_num_threads(1)        # on matrices this small, more get in each other's way
     model = qwen.load_model(folder, config.device, getattr(torch, config.dtype),
-                            config.pack and config.device == "cpu" and not small)
+                            config.pack and config.device == "cpu" and name != "tiny")
     return LocalWriter(model, Tokenizer(folder), PrefixCaches(model))
 
 
@@ -465,14 +451,14 @@ def set_up(config: Config) -> tuple[Agent, list[Sample]]:
     seen = json.dumps([asdict(sample.without_answers()) for sample in samples])
     samples = samples[:config.limit or None]
     try:
-        me = writer = load_writer(config.model, config, "--model")
+        me = writer = load_writer(config.model, config)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
     weights, who = fingerprint(me.model), "the model"
     if config.teacher_model:
         writer, who = ServerWriter(config.teacher, config.teacher_model), config.teacher_model
     elif config.teacher:
-        writer = load_writer(config.teacher, config, "--teacher")
+        writer = load_writer(config.teacher, config)
         who = fingerprint(writer.model)
     longest, id = max((len(me.tokenizer.chat(call_prompt(x))), x.id) for x in samples)
     if longest + config.max_new_tokens > me.model.config.max_position_embeddings:
@@ -500,7 +486,7 @@ def record_of(agent: Agent, sample: Sample, config: Config, outcome: Outcome) ->
         sample.id, h.request, h.margin, uncertain, kind, h.candidates, exact_match(h.text, sample),
         exact_match(after, sample), [asdict(p) for p in g.pairs], [asdict(r) for r in g.rejected],
         t.losses if t else [], t.norms if t else [], seconds, tokens, call_text(sample.answers),
-        evaluate.reachable(sample), h.log_p, h.entropy, h.ids, h.prompt_tokens, outcome.extra)
+        reachable(sample), h.log_p, h.entropy, h.ids, h.prompt_tokens, outcome.extra)
 
 
 def run(agent: Agent, samples: Sequence[Sample], config: Config, kept: Kept,
@@ -525,7 +511,7 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, kept: Kept,
                 right = sum(r.answer.exact for r in records.values())
                 bar.set_postfix_str(f"{right / len(records):.0%} right")
     except KeyboardInterrupt:
-        print(f"Interrupted after {len(records)} of {len(share)} samples: the same command goes on.")
+        print(f"Interrupted after {len(records)} samples: the same command goes on.")
         return join(samples, config, agent.facts, records) or 130
     if fingerprint(agent.model) != agent.facts["weights"]:
         raise ValueError("the base weights have changed: this run's lines are not to be trusted")
@@ -534,8 +520,8 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, kept: Kept,
         try:
             note([sample], everybody)
         except KeyError:
-            print(f"{sample.id} and others are not there yet: another process computes them, or, if "
-                  "it was killed, the same command.")
+            print(f"{sample.id} is with another process; if that was killed, the same command "
+                  "computes it.")
             return 0
     return join(samples, config, agent.facts, records)
 
@@ -543,11 +529,10 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, kept: Kept,
 def join(samples: Sequence[Sample], config: Config, facts: dict, records: dict) -> int:
     """Write the run folder, and tell what came out."""
     folder, ordered = Path(config.out), [records[x.id] for x in samples if x.id in records]
-    evaluate.write_run(folder, asdict(config) | {"facts": facts}, ordered)
-    if ordered:
-        print(evaluate.table([evaluate.read_run(folder)]))
-        changed = [r for r in ordered if r.base.exact != r.answer.exact] or ordered
-        print(f"Next: python evaluate.py {folder} --sample {changed[0].id}    tells its story.")
+    write_run(folder, asdict(config) | {"facts": facts}, ordered)
+    print(table([read_run(folder)]))
+    for record in sorted(ordered, key=lambda r: r.base.exact == r.answer.exact)[:1]:
+        print(f"Next: python evaluate.py {folder} --sample {record.id}    tells its story.")
     return 0
 
 
@@ -560,9 +545,8 @@ def exit_codes(main: Callable) -> Callable:
         except KeyboardInterrupt:                       # before the first sample
             return 130
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            print(f"error: {evaluate.printable(str(error).splitlines()[0])}", file=sys.stderr)
-            print("What is finished is kept: once that is mended, the same command goes on.",
-                  file=sys.stderr)
+            print(f"error: {printable(str(error).splitlines()[0])}. What is finished is kept: once "
+                  "that is mended, the same command goes on.", file=sys.stderr)
             return 2
     return wrapped
 

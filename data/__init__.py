@@ -236,7 +236,7 @@ def parse_query(query: str | list, where: str) -> tuple[dict, ...]:
         role, content = turn["role"].replace("agent", "assistant"), turn["content"]
         if turn is turns[-1]:       # API-Bank's way of asking is left out; our prompt has its own
             content = re.sub(r"\s*Generate API Request:\s*$", "", content)
-        if role == "tool":          # earlier calls and their results, as Qwen2.5's template has them
+        if role == "tool":          # earlier calls and their results, as Qwen2.5's template
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
         elif role == "assistant":
             content = past_calls(content) or content
