@@ -145,9 +145,8 @@ def _read(kind: type, content: bytes, where: str) -> object:
 def _typed(kind: type, value: object, name: str) -> object:
     """A JSON value as a declared type, whatever further keys it has; ValueError names a misfit."""
     if type(value) is dict and (is_dataclass(kind) or is_typeddict(kind)):
-        hints = get_type_hints(kind)
-        known = {key: _typed(hint, value.get(key), key) for key, hint in hints.items()}
-        return kind(**known) if is_dataclass(kind) else value
+        hints = get_type_hints(kind).items()
+        return kind(**{key: _typed(hint, value.get(key), key) for key, hint in hints})
     shape, inner = get_origin(kind) or kind, get_args(kind)[-1:]        # list[T]: list, (T,)
     accepted = (int, float) if shape is float else (shape,)
     if type(value) not in accepted or shape is float and not abs(value) < 1e300:    # NaN is not
@@ -170,6 +169,7 @@ def write_run(folder: Path, config: dict, records: list[Record]) -> None:
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(content)
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, folder / name)
         finally:
@@ -235,24 +235,23 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
 def _notes(config: dict, summary: dict) -> list[str]:
     if not summary["n"]:
         return ["no finished sample yet"]
-    notes, source = [], str(config.get("data"))
-    paper = PAPER_GAIN.get(str(config.get("bench")))
-    if source == "bundled":
-        notes.append("bundled samples, made for this project; they are not the benchmark")
-    elif paper and not source.endswith(".json"):        # a file of one's own may hold any samples
-        notes.append(f"the paper's gain (Qwen2.5-1.5B-Instruct, 5 seeds) is +{paper:.2f}")
-    for key, what in (("non_finite", "dropped as non-finite"), ("out_of_memory", "out of memory")):
-        if summary[key]:
-            notes.append(f"adaptations {what}, so the direct answer stands: {summary[key]}")
-    if summary["reachable"] < 1:
-        notes.append(f"at most {summary['reachable']:.1%} can be right: a gold tool is not offered")
-    return notes + (["uses labels"] if config.get("uses_labels") is True else [])
+    source, paper = str(config.get("data")), PAPER_GAIN.get(str(config.get("bench")))
+    own = source == "bundled" or source.endswith(".json")       # a file may hold any samples
+    failed, too_large, share = summary["non_finite"], summary["out_of_memory"], summary["reachable"]
+    notes = {
+        "bundled samples, made for this project; they are not the benchmark": source == "bundled",
+        f"the paper's gain (Qwen2.5-1.5B-Instruct, 5 seeds) is +{paper}": paper and not own,
+        f"adaptations dropped as non-finite, the direct answer stands: {failed}": failed,
+        f"adaptations out of memory, the direct answer stands: {too_large}": too_large,
+        f"at most {share:.1%} can be right: elsewhere a gold tool is not offered": share < 1,
+        "uses labels": config.get("uses_labels") is True}
+    return [note for note, holds in notes.items() if holds]
 
 
 # --- The story of one sample ----------------------------------------------------------------------
 def printable(text: str) -> str:
     """Text that is safe to print: control characters, which could steer a terminal, as escapes."""
-    def escaped(c): return c.encode("unicode_escape", "surrogatepass").decode()
+    def escaped(c): return c.encode("unicode_escape").decode()
     return "".join(c if c.isprintable() or c == "\n" else escaped(c) for c in text)
 
 

@@ -108,12 +108,13 @@ def load_adapter(folder: Path, model: nn.Module) -> tuple[Params, float]:
         raise ValueError(f"{folder}: only plain LoRA is implemented, without {other or 'bias'}")
     params = {}
     for name, layer in model.named_modules():
-        A, B = [tensors.pop(f"{PEFT}{name}.lora_{letter}.weight", None) for letter in "AB"]
-        if A is None or B is None:
+        keys = [f"{PEFT}{name}.lora_{letter}.weight" for letter in "AB"]
+        if not all(key in tensors for key in keys):
             continue
+        A, B = [tensors.pop(key) for key in keys]
         if (*A.shape, *B.shape) != (rank, layer.in_features, layer.out_features, rank):
             raise ValueError(f"{folder}: the adapter's {name} does not fit this model")
         params[name] = tuple(t[None].float().to(layer.weight.device) for t in (A, B))
     if tensors or not params:
-        raise ValueError(f"{folder}: this model has no layer for {next(iter(tensors), 'it')}")
+        raise ValueError(f"{folder}: this model has no layer for {next(iter(tensors), 'nothing')}")
     return params, alpha

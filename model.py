@@ -95,13 +95,11 @@ class KVCache:
                values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put one layer's new keys and values, (B, G, T, K) each, behind the old ones; gives all
         of them, (B, G, S, K) each."""
-        if layer == len(self.keys):
-            self.keys.append(keys)
-            self.values.append(values)
-        else:
-            self.keys[layer] = torch.cat((self.keys[layer], keys), dim=2)
-            self.values[layer] = torch.cat((self.values[layer], values), dim=2)
-        return self.keys[layer], self.values[layer]
+        if layer < len(self.keys):
+            keys = torch.cat((self.keys[layer], keys), dim=2)
+            values = torch.cat((self.values[layer], values), dim=2)
+        self.keys[layer:layer + 1], self.values[layer:layer + 1] = [keys], [values]
+        return keys, values
 
     def fork(self, rows: int | None = None) -> "KVCache":
         """A cache that goes on from here on its own; rows: its one row as so many."""

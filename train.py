@@ -42,6 +42,7 @@ from lora import adapters, new_params
 from model import KVCache, Qwen2, Tokenizer, fingerprint, generate, pad, seeded
 from uncertainty import PrefixCaches, score_candidates, softmax_difference
 
+TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
 WARMUP = 0.03           # paper: the share of the steps that warm up
 BATCH_TOKENS = 1 << 15  # on a GPU: of the prompts of a batch
@@ -71,7 +72,7 @@ class Config:
                        "the request, then the majority of sampled calls", "joint", "request")
     temperature: float = option(0.7, "G", "of all sampling")
     top_p: float = option(0.95, "G", "nucleus of all sampling, in (0, 1]")
-    adapt: str = option("full", "T", "full (paper): the adapter acts on every token; suffix (ours), "
+    adapt: str = option("full", "T", "full (paper): the adapter acts on all tokens; suffix (ours), "
                         "which is cheaper: on those after the tools", "full", "suffix")
     rank: int = option(8, "T", "rank r of the LoRA adapters")
     alpha: float = option(16.0, "T", "the adapter is scaled by alpha / r")
@@ -435,8 +436,7 @@ def choose(config: Config) -> Config:
 
 def load_writer(name: str, config: Config) -> LocalWriter:
     """A model with its tokenizer and caches: the agent's own, or a teacher's."""
-    tiny = Path(data.__file__).parent / "tiny"
-    folder = tiny if name == "tiny" else qwen.find_checkpoint(name, config.offline)
+    folder = TINY if name == "tiny" else qwen.find_checkpoint(name, config.offline)
     if name == "tiny":
         torch.set_num_threads(1)        # on matrices this small, more get in each other's way
     model = qwen.load_model(folder, config.device, getattr(torch, config.dtype),
@@ -545,8 +545,8 @@ def exit_codes(main: Callable) -> Callable:
         except KeyboardInterrupt:                       # before the first sample
             return 130
         except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            print(f"error: {printable(str(error).splitlines()[0])}. What is finished is kept: once "
-                  "that is mended, the same command goes on.", file=sys.stderr)
+            more = "" if isinstance(error, ValueError) else " (what is finished is kept)"
+            print(f"error: {printable(str(error).splitlines()[0])}{more}", file=sys.stderr)
             return 2
     return wrapped
 

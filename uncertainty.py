@@ -72,8 +72,9 @@ class PrefixCaches:
         """A cache that holds `ids`, to be continued freely: it is a fork of the kept one."""
         key = tuple(ids)
         if key not in self.caches:
-            self.caches[key] = KVCache()
-            self.model(torch.tensor([key], device=self.model.device), self.caches[key])
+            cache = KVCache()
+            self.model(torch.tensor([key], device=self.model.device), cache)
+            self.caches[key] = cache
             while len(self.caches) > 1 and self.bytes() > self.max_bytes:
                 self.caches.popitem(last=False)
         self.caches.move_to_end(key)

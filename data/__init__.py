@@ -77,8 +77,7 @@ def with_request(sample: Sample, request: str) -> Sample:
     return Sample(sample.id, ({"role": "user", "content": request},), sample.tools)
 
 
-def load(bench: str, data: str | None = None, offline: bool = False,
-         bundled: bool = False) -> list[Sample]:
+def load(bench: str, data: str = "", offline: bool = False, bundled: bool = False) -> list[Sample]:
     """A benchmark's samples in file order; sample i has the id f"{bench}-{i}".
 
     The file is `data`, or in the folder `data`; else in the folder $TTSI_DATA; else in the cache
@@ -103,10 +102,10 @@ def load(bench: str, data: str | None = None, offline: bool = False,
     return samples
 
 
-def find_file(bench: str, data: str | None, offline: bool) -> Path:
+def find_file(bench: str, data: str, offline: bool) -> Path:
     """The benchmark's file: the user's own, or the cached one, downloaded when need be."""
     name, blob = PUBLISHED[bench]
-    if data is not None:
+    if data:
         path = os.path.expanduser(data)
         path = os.path.join(path, name) if os.path.isdir(path) else path
         if not os.path.isfile(path):

@@ -287,7 +287,7 @@ def main() -> None:
     tokenizer = Tokenizer(folder)
     model = random_model(args.random, device, dtype) if args.random else \
         load_model(folder, device, dtype, args.pack and device.type == "cpu")
-    samples = data.load(args.bench, args.data or None, bundled=not args.data)
+    samples = data.load(args.bench, args.data, bundled=not args.data)
     if args.random:
         tools = {tool["name"]: tool for sample in samples for tool in sample.tools}
         samples = [replace(x, tools=tuple(({t["name"]: t for t in x.tools} | tools).values())[:24])

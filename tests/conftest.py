@@ -1,70 +1,84 @@
-"""What the tests share: small checkpoints in the hub's layout, with weights that need no random number generator."""
+"""What the tests share: small checkpoints in the hub's layout; their weights are a sine."""
 import json
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))       # the project is flat files, not an installed package
+sys.path.insert(0, str(Path(__file__).parent.parent))       # the project is flat files, no package
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer as BPE, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import model as model_py
 
-torch.set_num_threads(1)                                    # on matrices this small, more threads only get in the way
+torch.set_num_threads(1)                    # on matrices this small, more only get in the way
 
-CONFIG = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "vocab_size": 512,
-          "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-          "tie_word_embeddings": True}
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-         r"\s*[\r\n]+|\s+(?!\S)|\s+")                       # how Qwen2.5's tokenizer cuts text into words
-SENTENCES = ["system\nYou are a helpful assistant. You can use these tools:", "user\nWhat is the weather in Zürich?",
-             'assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}\n</tool_call>',
-             '{"name": "get_user_by_id", "description": "Look up a user.", "parameters": {"id": {"type": "integer"}}}'] * 3
+CONFIG = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu",
+          "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+          "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True}
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+         r"\s*[\r\n]+|\s+(?!\S)|\s+")       # how Qwen2.5's tokenizer cuts a text
+TEXT = """system\nYou are a helpful assistant. user\nWhat is the weather in Zürich? assistant\n
+<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}\n</tool_call>
+{"name": "get_user_by_id", "description": "Look up a user.", "parameters": {}} {"name": "-x"}"""
 
 
 def sine_weights(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Fill every parameter from sin(f i^2), i its index: as good as random, and the same on every machine and release."""
+    """Fill each parameter with sin(f i^2), i its index: as good as random, and the same on every
+    machine and release."""
     for n, (name, p) in enumerate(sorted(network.named_parameters())):
         i = torch.arange(p.numel(), dtype=torch.float64)
         wave = (i * i * (0.37 + 0.013 * n + 0.0007 * seed) + n).sin().view(p.shape)
         if p.dim() == 1:
             wave = 0.3 * wave + (1 if "norm" in name else 0)
-        else:                                               # variance 1 / in; a small embedding, lest a token repeat itself
+        else:       # variance 1 / in; the embedding is small, lest a token repeat itself
             wave = wave * (0.2 if "embed" in name else (2 / p.shape[1]) ** 0.5)
         p.data.copy_(wave)
     return network.requires_grad_(False)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json: a byte-level BPE like Qwen2.5's, trained on a few sentences, with the ChatML tokens at its end."""
-    bpe = BPE(models.BPE())
+def train_tokenizer() -> tokenizers.Tokenizer:
+    """A byte-level BPE like Qwen2.5's, of a few sentences, then the ChatML tokens."""
+    bpe = tokenizers.Tokenizer(models.BPE())
     bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=450, show_progress=False,
-                                                           initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.train_from_iterator([TEXT], trainers.BpeTrainer(
+        vocab_size=450, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    bpe.add_tokens([AddedToken(text, normalized=False, special=False) for text in ("<tool_call>", "</tool_call>")])
-    bpe.save(str(folder / "tokenizer.json"))
+    bpe.add_tokens([AddedToken(text, normalized=False, special=False)
+                    for text in ("<tool_call>", "</tool_call>")])
+    return bpe
 
 
-def write_checkpoint(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
-    """A checkpoint folder as the hub lays it out; `changes` go into config.json (None takes a key away)."""
+def write_checkpoint(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32,
+                     **changes) -> Path:
+    """A checkpoint as the hub lays it out; `changes` go into config.json (None: without a key)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
-    write_tokenizer(folder)
-    bpe = BPE.from_file(str(folder / "tokenizer.json"))
+    bpe = train_tokenizer()
+    bpe.save(str(folder / "tokenizer.json"))
     eos = [bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     network = sine_weights(model_py.Qwen2(model_py.ModelConfig.from_folder(folder)), seed)
-    save_file({name: p.to(dtype) for name, p in network.named_parameters()}, folder / "model.safetensors", {"format": "pt"})
+    tensors = {name: p.to(dtype) for name, p in network.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def transformers_model(folder: Path):
+    """The reference; what a checkpoint lacks it would make up, so nothing may be missing."""
+    model, info = pytest.importorskip("transformers").Qwen2ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

@@ -1,298 +1,285 @@
-"""What a run comes to: the numbers of a run folder, the table, and one sample's story."""
-import itertools
+"""What a run comes to: its records on disk, the table of runs, one sample's story.
+
+When an answer is right is told in test_calls.py, case by case.
+"""
+import contextlib
+import io
 import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
-import torch
-from scipy import stats
+from hypothesis import given, settings, strategies as st
 
-import evaluate
-from evaluate import main, printable, read_records, story, summarise, table
+from data import Sample
+from data.calls import Call
+from evaluate import (Record, Run, Verdict, exact_match, f1, main, printable, read_run, story,
+                      summarise, table, write_run)
 
-
-def part(exact: bool, text: str = "text", reason: str = "wrong name: f for g") -> dict:
-    return {"text": text, "exact": exact, "reason": "" if exact else reason, "strict": exact, "parsed": True, "recovery": "",
-            "name_correct": exact, "name_f1": float(exact), "argument_f1": 0.5}
+CONFIG = {"bench": "sealtool", "data": "", "tau": 0.95}
 
 
-def record(id: str, base: bool, answer: bool, outcome: str = "adapted", margin: float = 0.5) -> dict:
-    return {"id": id, "request": "What?", "margin": margin, "uncertain": outcome != "certain", "gate": "margin", "tau": 0.95,
-            "scores": {"margin": 1 - margin}, "candidates": {"f": -0.5, "g": -2.5},
-            "outcome": outcome, "base": part(base), "answer": part(answer), "gold": "gold", "reachable": True, "tokens": {},
-            "pairs": [{"request": "Why?", "calls": [{"name": "f", "arguments": {"x": 1}}], "text": "f(x=1)", "votes": 3}],
-            "rejected": [{"text": "bad", "reason": "unknown argument: y"}], "losses": [0.5, 0.25], "sampled": [], "seconds": {"score": 1.0, "base": 0.5}}
+def verdict(exact: bool) -> Verdict:
+    text, reason = ("f(x=1)", "") if exact else ("g()", "wrong name: g for f")
+    return Verdict(text, exact, reason, strict=False, parsed=True, recovery="", name_correct=exact,
+                   name_f1=float(exact), argument_f1=0.5)
 
 
-RECORDS = [record("a", False, True), record("b", True, False), record("c", True, True, "certain"), record("d", False, False, "no pair"),
-           record("e", False, True)]
+def record(id: str, base: bool, answer: bool, outcome: str = "adapted", **changes) -> Record:
+    """A sample with two candidates; base and answer: whether it was right before and after."""
+    made = Record(
+        id, request="What?", margin=0.5, uncertain=outcome != "certain", outcome=outcome,
+        candidates={"g": -2.5, "f": -0.5}, base=verdict(base), answer=verdict(answer),
+        pairs=[{"request": "Why?", "text": "f(x=2)", "votes": 3}], losses=[0.5, 0.25],
+        rejected=[{"text": "bad", "reason": "unknown argument: y"}], norms=[9.0, 2.0],
+        seconds={"score": 1.0, "base": 0.5}, tokens={"score": 7}, gold="f(x=1)", reachable=True,
+        log_p=[-0.5, -0.25], entropy=[0.5, 0.25], ids=[5], prompt_tokens=9)
+    return replace(made, **changes)
+
+
+RECORDS = [record("a", False, True), record("b", True, False), record("c", True, True, "certain"),
+           record("d", False, False, "no pair"), record("e", False, True)]
+RUNS = [Run(Path("runs/one"), CONFIG, RECORDS), Run(Path("runs/another"), CONFIG, RECORDS[:2])]
 
 
 @pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"bench": "sealtool", "data": "", "tau": 0.95}))
-    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
-    return tmp_path
+def folder(tmp_path) -> Path:
+    write_run(tmp_path / "run", CONFIG, RECORDS)
+    return tmp_path / "run"
 
 
-def test_a_run_by_hand():
+# --- Scoring --------------------------------------------------------------------------------------
+
+def test_f1_is_one_to_one_so_repeating_does_not_pay():
+    assert f1("aaa", "a") == 0.5 and f1("a", "aaa") == 0.5 and f1("aba", "baa") == 1.0
+    assert f1("", "") == 1.0 and f1("a", "") == 0.0
+
+
+@pytest.mark.parametrize("text, gold, exact, reason", [
+    ("now()", [Call("now")], True, ""), ("no idea", [Call("now")], False, "unparsable"),
+    ("", [Call("now")], False, "unparsable"), (" \n", [], True, ""),
+    ("no idea", [], False, "unparsable"), ("now()", [], False, "wrong number of calls: 1 for 0")])
+def test_text_without_a_call_earns_nothing_unless_it_is_empty_and_no_call_is_wanted(
+        text, gold, exact, reason):
+    tools = ({"name": "now", "description": "", "parameters": {}},)
+    v = exact_match(text, Sample("s", (), tools, tuple(gold)))
+    assert (v.text, v.exact, v.reason, v.name_correct, v.name_f1) == (
+        text, exact, reason, exact, float(exact))
+    assert reason != "unparsable" or v.argument_f1 == 0.0
+
+
+def test_scoring_needs_no_torch():
+    code, root = "import sys, evaluate; sys.exit('torch' in sys.modules)", Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+# --- Records --------------------------------------------------------------------------------------
+
+def test_a_run_is_read_as_it_was_written(folder):
+    assert read_run(folder) == Run(folder, CONFIG, RECORDS)
+    assert json.loads((folder / "summary.json").read_text()) == summarise(RECORDS)
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".jsonl"}
+
+
+def change_second_line(folder: Path, changes: dict) -> None:
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | changes)
+    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_further_keys_are_tolerated_and_a_whole_number_is_a_number(folder):
+    base = asdict(RECORDS[1].base) | {"new": 1}
+    change_second_line(folder, {"new": 1, "base": base, "margin": 1})
+    assert read_run(folder).records[1] == replace(RECORDS[1], margin=1.0)
+
+
+@pytest.mark.parametrize("named, change", [
+    ("id", {"id": 3}), ("margin", {"margin": None}), ("margin", {"margin": "0.5"}),
+    ("margin", {"margin": True}), ("margin", {"margin": math.nan}), ("margin", {"margin": 10**400}),
+    ("uncertain", {"uncertain": 1}), ("candidates", {"candidates": {"f": "x"}}),
+    ("candidates", {"candidates": [1.0]}), ("losses", {"losses": 0.5}), ("ids", {"ids": [1.5]}),
+    ("losses", {"losses": [-math.inf]}), ("pairs", {"pairs": ["x"]}), ("extra", {"extra": None}),
+    ("votes", {"pairs": [{"request": "", "text": ""}]}), ("reason", {"rejected": [{"text": ""}]}),
+    ("exact", {"base": {"text": ""}}), ("answer", {"answer": "f()"})])
+def test_a_record_without_a_field_or_with_another_type_is_named(folder, named, change):
+    change_second_line(folder, change)
+    said = f"records.jsonl, line 2: {named} is missing or of a wrong type"
+    with pytest.raises(ValueError, match=said):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("config.json", b"{", "config.json: "), ("config.json", b"[]", "config.json: a JSON object"),
+    ("records.jsonl", b"5", "records.jsonl, line 1: a JSON"), ("records.jsonl", b"{", "line 1: "),
+    ("records.jsonl", b"\xff", "line 1: "), ("records.jsonl", b"[" * 10 ** 5, "line 1: ")])
+def test_a_damaged_file_is_named_with_its_line(folder, name, content, said):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_run(folder)
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}: is .* a run folder of train.py"):
+        read_run(folder)
+
+
+def test_an_interrupted_write_leaves_the_old_files_whole_and_nothing_else(folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    synced = []                             # bytes on the disk before the file takes its name
+
+    def interrupted(source, target):
+        assert synced == [os.path.getsize(source)]
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_run(folder, {"bench": "other"}, RECORDS[:1])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("config, losses", [(CONFIG, [math.nan]), ({"tau": math.inf}, [])])
+def test_what_json_has_no_number_for_is_refused_before_anything_is_written(folder, config, losses):
+    with pytest.raises(ValueError):
+        write_run(folder, config, [record("a", True, True, losses=losses)])
+    assert read_run(folder) == Run(folder, CONFIG, RECORDS)
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+def test_a_summary_by_hand():
+    outcomes = ["no pair", "no pair", "no pair", "non-finite", "out of memory"]
+    s = summarise(RECORDS[:3] + [record(o, False, False, o) for o in outcomes])
+    assert (s["n"], s["uncertain"], s["adapted"], s["no_pair"]) == (8, 7, 2, 3)
+    assert (s["non_finite"], s["out_of_memory"], s["fixed"], s["harmed"]) == (1, 1, 1, 1)
     s = summarise(RECORDS)
-    assert (s["n"], s["uncertain"], s["adapted"], s["no_pair"], s["fixed"], s["harmed"]) == (5, 4, 3, 1, 2, 1)
-    assert (s["base_accuracy"], s["accuracy"]) == (0.4, 0.6) and s["accuracy"] - s["base_accuracy"] == pytest.approx((2 - 1) / 5)
+    assert (s["base_accuracy"], s["accuracy"], s["fixed"], s["harmed"]) == (0.4, 0.6, 2, 1)
+    assert (s["base_name_correct"], s["answer_name_f1"], s["base_argument_f1"]) == (0.4, 0.6, 0.5)
+    assert (s["answer_strict"], s["base_parsed"], s["reachable"]) == (0.0, 1.0, 1.0)
     assert s["reasons"] == {"wrong name": 2} and s["rejected"] == {"unknown argument": 5}
     assert s["seconds"] == {"score": 5.0, "base": 2.5}
 
 
-def test_no_records_are_no_number():
-    assert math.isnan(summarise([])["accuracy"])
+def test_without_records_there_is_no_number(tmp_path):
+    write_run(tmp_path, CONFIG, [])
+    assert summarise([])["accuracy"] is None
+    assert table([read_run(tmp_path)]).endswith("no finished sample yet")
 
 
-def test_the_table_has_before_after_and_the_papers_figure(folder):
-    text = table(evaluate.read_runs([folder]))
-    assert "+20.0" in text and "40.0" in text and "60.0" in text and "66.37 -> 72.43" in text
+def test_the_table_of_two_runs():
+    head, _, one, another, note = table(RUNS).splitlines()
+    assert head.startswith("run    ") and len(head) == len(one) == len(another)
+    assert one.split() == "one 5 4 3 1 40.0 60.0 +20.0 2 1 60.0 1.50".split()
+    assert another.split() == "another 2 2 2 0 50.0 50.0 +0.0 1 1 50.0 1.50".split()
+    assert note == "all runs: the paper's gain (Qwen2.5-1.5B-Instruct, 5 seeds) is +5.76"
+    assert "\none: the paper" in table([RUNS[0], Run(Path("x"), {}, RECORDS)])
 
 
-def test_bundled_samples_are_never_set_beside_the_papers_figures(folder):
-    (folder / "config.json").write_text(json.dumps({"bench": "sealtool", "data": "bundled", "tau": 0.95}))
-    assert "bundled samples" in table(evaluate.read_runs([folder])) and "66.37" not in table(evaluate.read_runs([folder]))
+def test_the_table_for_a_readme_is_one_there():
+    head, rule, one, another, blank, note = table(RUNS, markdown=True).splitlines()
+    for line in (head, rule, one, another):
+        assert line.startswith("| ") and line.endswith(" |") and line.count("|") == 13
+    assert set(rule) == set("| -") and blank == "" and note.startswith("all runs: ")
 
 
-def test_what_no_method_can_reach_is_said(folder):
-    (folder / "records.jsonl").write_text(json.dumps(record("a", False, False) | {"reachable": False}) + "\n")
-    assert "at most 0.0% can be reached" in table(evaluate.read_runs([folder]))
+@pytest.mark.parametrize("config, said, unsaid", [
+    ({"bench": "nexusraven", "data": "folder"}, "+6.05", "bundled"),
+    ({"bench": "nexusraven", "data": "bundled"}, "bundled samples", "6.05"),
+    ({"bench": "nexusraven", "data": "mine.json"}, "x", "6.05"),
+    ({"bench": "apibank_l2"}, "x", "paper"), ({"bench": []}, "x", "paper"),
+    ({"uses_labels": True}, "\nx: uses labels", "paper"), ({"uses_labels": False}, "x", "labels")])
+def test_what_a_reader_must_know_stands_below(config, said, unsaid):
+    text = table([Run(Path("x"), config, RECORDS)])
+    assert said in text and unsaid not in text
 
 
-def test_a_story_has_all_that_happened():
-    text = story(RECORDS[0])
-    for said in ("What?", "88.1%", "below tau = 0.95", "Why?", "3 votes", "unknown argument: y", "0.500 0.250", "gold",
-                 "wrong name: f for g"):
-        assert said in text
-    first, second = [line for line in text.splitlines() if "%" in line]
-    assert first.count("#") == 26 and second.count("#") == 4                # bars of 30 for softmax(-0.5, -2.5)
+def test_failed_adaptations_and_unreachable_samples_are_told():
+    text = table([Run(Path("x"), {}, [record("a", True, True, "non-finite", reachable=False),
+                                      record("b", True, True, "out of memory")])])
+    assert "dropped as non-finite, the direct answer stands: 1" in text
+    assert "out of memory, the direct answer stands: 1" in text and "stands" not in table(RUNS)
+    assert "at most 50.0% can be right" in text and "at most" not in table(RUNS)
+
+
+# --- The story ------------------------------------------------------------------------------------
+
+def test_a_story_has_all_that_happened_in_the_papers_order():
+    text = story(record("a", False, True, request="What\nnow?"), 0.95)
+    assert [line.rstrip() for line in text.splitlines()] == [
+        "    sample  a: adapted",
+        "   request  What",
+        "            now?",
+        " candidate   88.1% ##########################     f",    # softmax(-0.5, -2.5), bars of 30
+        " candidate   11.9% ####                           g",
+        "    margin  0.500, below tau = 0.95",
+        "      pair  Why?",
+        "            f(x=2)   (votes: 3)",
+        "  rejected  unknown argument: y: bad",
+        "    losses  0.500 0.250",
+        "    before  wrong  g()   (wrong name: g for f)",
+        "     after  right  f(x=1)",
+        "      gold  f(x=1)"]
+
+
+def test_the_story_of_a_certain_sample_is_short():
+    nothing = {"candidates": {}, "pairs": [], "rejected": [], "losses": []}
+    certain = record("c", True, True, "certain", margin=0.95, **nothing)
+    labels = [line.split()[0] for line in story(certain, 0.95).splitlines()]
+    assert labels == ["sample", "request", "margin", "before", "after", "gold"]
+    assert "0.950, not below tau = 0.95" in story(certain, 0.95)
 
 
 def test_control_characters_never_reach_the_terminal():
     assert printable("a\x1b[2Jb\x07\r\u202e\ud800\nc") == "a\\x1b[2Jb\\x07\\r\\u202e\\ud800\nc"
+    hostile = record("\x1b[2J", True, True, gold="\x1b[2J", candidates={"\x1b[2J": 0.0})
+    assert "\x1b" not in story(hostile, 0.95) + table([Run(Path("\x1b[2J"), {}, RECORDS)])
 
 
-def test_the_program(folder, capsys):
-    assert main([str(folder)]) == 0 and "sealtool" not in capsys.readouterr().err
-    assert main([str(folder), "--sample", "a"]) == 0 and "sample  a: adapted" in capsys.readouterr().out
+# --- The program ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "+20.0"), (["--markdown"], "| run"), (["--sample", "a"], "run\n    sample  a: adapted")])
+def test_the_program_tells_what_is_asked_for(folder, capsys, flags, said):
+    assert main([str(folder), *flags]) == 0 and said in capsys.readouterr().out
+    assert main([str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {str(folder): summarise(RECORDS)}
 
 
-@pytest.mark.parametrize("break_, sample, said", [
-    (lambda f: (f / "records.jsonl").unlink(), "a", "a run folder of train.py"), (lambda f: None, "z", "no sample 'z'"),
-    (lambda f: (f / "config.json").unlink(), None, "a run folder of train.py"),
-    (lambda f: (f / "config.json").write_text("{"), None, "config.json"),
-    (lambda f: (f / "records.jsonl").write_text(json.dumps(RECORDS[0]) + "\n{\n"), "a", "records.jsonl, line 2"),
-    (lambda f: (f / "records.jsonl").write_text('{"id": "a"}\n'), "a", "records.jsonl, line 1")])
-def test_a_users_mistake_is_one_line_and_code_2(folder, capsys, break_, sample, said):
-    break_(folder)
-    assert main([str(folder), *(["--sample", sample] if sample else [])]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error
+@pytest.mark.parametrize("tau, name, flags, said", [
+    (0.95, "none\x1b", [], "a run folder of train.py?"),
+    (0.95, "run", ["--sample", "z"], "no sample 'z'; it has a, b, c"),
+    ("x", "run", ["--sample", "a"], "config.json: tau is missing or of a wrong type")])
+def test_a_users_mistake_is_one_line_and_code_2(tmp_path, capsys, tau, name, flags, said):
+    write_run(tmp_path / "run", {"tau": tau}, RECORDS)
+    assert main([str(tmp_path / name), *flags]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.startswith("evaluate.py: error: ") and error.endswith("\n")
+    assert said in error and error[:-1].isprintable()
 
 
-def test_a_torn_last_line_is_left_out(folder):
-    with open(folder / "records.jsonl", "a") as file:
-        file.write('{"id": "f", "requ')
-    assert [r["id"] for r in read_records(folder)] == list("abcde")
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v))
+SOUND = asdict(RECORDS[0])
+LIKE_ONE = st.dictionaries(st.sampled_from([*SOUND]), JSON, max_size=2).map(lambda new: SOUND | new)
+OF_THE_TYPES = st.builds(lambda text, name, number: SOUND | {
+    "request": text, "margin": number, "losses": [number], "candidates": {name: number, "f": 0.0},
+    "seconds": {name: number}, "base": SOUND["base"] | {"name_f1": number, "text": text}},
+    st.text(max_size=5), st.text(max_size=5), st.floats())
+CONFIGS = st.dictionaries(st.sampled_from(["bench", "data", "tau", "uses_labels"]), JSON)
 
 
-# ------------------------------------------------------------------------------------------------ is a gain real?
-
-@pytest.mark.parametrize("right, n", [(0, 10), (10, 10), (3, 10), (57, 114), (1, 1)])
-def test_wilson_is_scipys(right, n):
-    theirs = stats.binomtest(right, n).proportion_ci(method="wilson")
-    assert evaluate.wilson(right, n) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
-
-
-@pytest.mark.parametrize("fixed, harmed", [(0, 0), (1, 0), (5, 0), (6, 1), (3, 3), (2, 9), (20, 11)])
-def test_mcnemar_is_the_exact_binomial_test(fixed, harmed):
-    theirs = stats.binomtest(fixed, fixed + harmed).pvalue if fixed + harmed else 1.0
-    assert evaluate.mcnemar(fixed, harmed) == pytest.approx(theirs, abs=1e-12)
-
-
-def test_holm_by_hand():
-    assert evaluate.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert evaluate.holm([0.5, 0.9]) == [1.0, 1.0] and evaluate.holm([]) == []
-
-
-@pytest.mark.parametrize("n, points", [(114, 10.2), (294, 6.3), (526, 4.7), (1252, 3.1), (20, 39.2)])
-def test_the_smallest_gain_that_can_be_found(n, points):
-    """By the normal approximation; a gain is never larger than the share of the answers that change."""
-    assert 100 * evaluate.detectable(n) == pytest.approx(points, abs=0.06)
-
-
-@pytest.mark.parametrize("k, drawn, right", [(1, 5, 2), (2, 5, 2), (5, 5, 1), (3, 6, 0), (2, 4, 4)])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(k, drawn, right):
-    subsets = list(itertools.combinations([True] * right + [False] * (drawn - right), k))
-    assert evaluate.pass_at(k, drawn, right) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-
-def test_the_nested_bootstrap_has_the_spread_of_the_samples_and_of_the_seeds():
-    gain = torch.tensor([[1, 0] * 100])                                     # SD of the mean of n = 200: 0.5 / sqrt(200)
-    means = evaluate.nested_bootstrap(gain)
-    assert means.mean().item() == pytest.approx(0.5, abs=0.005) and means.std().item() == pytest.approx(0.5 / 200 ** 0.5, rel=0.1)
-    same = evaluate.nested_bootstrap(gain.repeat(5, 1))                     # five times the same seed is no more evidence
-    assert same.std().item() == pytest.approx(means.std().item(), rel=0.1)
-    assert evaluate.nested_bootstrap(torch.ones(3, 7)).unique().tolist() == [1.0]
-    apart = torch.rand(20, 200, generator=torch.Generator().manual_seed(0)).round()         # seeds that are as different as samples
-    assert evaluate.nested_bootstrap(apart).std().item() == pytest.approx((0.5 / 4000 ** 0.5) * 2 ** 0.5, rel=0.2)
-
-
-# -------------------------------------------------------------------------------------------------------- runs compared
-
-def write_run(folder, records, **config):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"bench": "sealtool", "data": "", "model": "Qwen/Qwen2.5-1.5B-Instruct", "method": "ttsi", "gate": "score", "pairs": "self",
-                                                    "tau": 0.95, "seed": 0, "offline": True, **config}))
-    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return folder
-
-
-@pytest.fixture
-def runs(tmp_path):
-    """Two seeds of ttsi, and the base with sampled answers."""
-    def sampled(right, votes): return {"vote": part(votes), "sampled": [part(i < right) for i in range(5)]}
-    second = [RECORDS[0], record("b", True, True, "certain"), *RECORDS[2:4], record("e", False, False)]
-    base = [{**record(r["id"], r["base"]["exact"], r["base"]["exact"], "direct"), "pairs": [], "rejected": [], "losses": [], **sampled(i, i > 2)}
-            for i, r in enumerate(RECORDS)]
-    return [write_run(tmp_path / "s0", RECORDS), write_run(tmp_path / "s1", second, seed=1), write_run(tmp_path / "base", base, method="base")]
-
-
-def test_seeds_are_one_group_and_its_figures_are_those_by_hand(runs):
-    ttsi, base = evaluate.compare(evaluate.grouped(evaluate.read_runs(runs)))
-    assert (ttsi["name"], ttsi["n"], ttsi["seeds"], base["name"], base["seeds"]) == ("ttsi", 5, 2, "base", 1)
-    assert (ttsi["base"], ttsi["after"]["mean"], ttsi["gain"]["mean"], ttsi["fixed"], ttsi["harmed"]) == (0.4, 0.6, pytest.approx(0.2), 3, 1)
-    assert ttsi["after"]["sd"] == 0.0 and math.isnan(base["after"]["sd"])
-    assert ttsi["p"] == pytest.approx((evaluate.mcnemar(2, 1) + evaluate.mcnemar(1, 0)) / 2) and ttsi["holm"] == ttsi["p"]
-    assert ttsi["interval"][0] < 0.2 < ttsi["interval"][1] and (ttsi["fixed name"], ttsi["fixed format"]) == (3, 0)
-    assert (ttsi["uncertain"], ttsi["TPR"], base["acted"], base["TPR"]) == (0.7, 1.0, 0, 0) and math.isnan(base["interval"][0])
-    assert (ttsi["paper"], base["paper"]) == (72.43, 66.37)
-
-
-@pytest.mark.parametrize("one, other", [({"lr": 1e-4}, {"lr": 1e-3}), ({"teacher": "a"}, {"teacher": "b"}), ({"data": "a.json"}, {"data": "b.json"}),
-                                        ({"model": "x/m"}, {"model": "y/m"})])
-def test_other_settings_are_no_further_seeds_and_a_run_given_twice_is_one(tmp_path, one, other):
-    folders = [write_run(tmp_path / "a", RECORDS, **one), write_run(tmp_path / "b", RECORDS, **other)]
-    assert [group["seeds"] for group in evaluate.compare(evaluate.grouped(evaluate.read_runs([*folders, folders[0]])))] == [1, 1]
-
-
-@pytest.mark.parametrize("config, shown", [({}, 72.43), ({"tau": 0.35}, 68.10), ({"gate": "all", "tau": 0.5}, 73.47), ({"gate": "all", "pairs": "gold"}, 78.89),
-    ({"tau": 0.5}, None), ({"model": "Qwen/Qwen2.5-0.5B-Instruct"}, None), ({"data": "bundled"}, None), ({"rank": 64}, None), ({"limit": 50}, None), ({"epochs": 1}, None),
-    ({"gate_score": "entropy"}, None), ({"adapt": "suffix"}, None), ({"k": 4}, None), ({"bench": "apibank"}, None)])
-def test_the_papers_figures_stand_beside_runs_of_its_own_setting_alone(tmp_path, config, shown):
-    row, = evaluate.compare(evaluate.grouped(evaluate.read_runs([write_run(tmp_path / "run", RECORDS, **config)])))
-    assert row["paper"] == shown if shown else math.isnan(row["paper"])
-
-
-def test_several_benchmarks_are_corrected_for_and_have_a_mean(tmp_path):
-    """All base answers wrong, 6 of 6 and 0 of 2 mended; a run that differs in more than the benchmark is not of the family."""
-    six, two = [record(str(i), False, True) for i in range(6)], [record(str(i), False, False) for i in range(2)]
-    folders = [write_run(tmp_path / "a", six, lr=1e-4, train_data="a.json"), write_run(tmp_path / "b", two, bench="apibank", lr=1e-4, train_data="b.json"),
-               write_run(tmp_path / "c", two, bench="apibank", lr=1e-4, train_data="b.json", k=2)]
-    first, second, other, both = evaluate.compare(evaluate.grouped(evaluate.read_runs(folders)))
-    assert first["p"] == pytest.approx(2 / 2 ** 6) and first["holm"] == pytest.approx(2 * first["p"]) and other["holm"] == 1.0
-    assert (both["bench"], both["n"], both["fixed"], both["net"], both["seeds"]) == ("mean of 2", 8, 6, 6, 1)
-    assert (both["base"], both["after"]["mean"], both["gain"]["mean"], both["p"]) == (0.0, 0.5, 0.5, first["p"]) and both["interval"] == (0.5, 0.5)
-    assert "mean of 2" in evaluate.report(evaluate.read_runs(folders))
-
-
-def test_what_not_all_seeds_have_is_left_out_and_told(tmp_path):
-    folders = [write_run(tmp_path / "short", RECORDS[:1]), write_run(tmp_path / "long", RECORDS), write_run(tmp_path / "other", RECORDS[1:4], seed=1)]
-    row, = evaluate.compare(evaluate.grouped(evaluate.read_runs(folders)))
-    assert (row["n"], row["seeds"], row["left out"]) == (3, 2, 2)               # short and long are the same seed
-    assert "2 samples that not all of its seeds have" in evaluate.report(evaluate.read_runs(folders))
-
-
-def test_what_a_method_costs_by_hand(tmp_path):
-    """A draw costs what one sampled answer does, 0.2 s, in every row; extra is what acting added."""
-    drawn = {**record("a", False, True), "sampled": [part(True)] * 5, "seconds": {"score": 1.0, "base": 0.5, "sampled": 1.0}, "tokens": {"base": 10, "sampled": 50}}
-    learnt = {**record("a", False, True), "seconds": {"score": 1.0, "base": 0.5, "pairs": 2.0, "train": 1.0, "answer": 0.6}, "tokens": {"base": 10, "train": 7}}
-    runs = evaluate.read_runs([write_run(tmp_path / "vote", [drawn], method="vote"), write_run(tmp_path / "ttsi", [learnt, record("b", True, True, "certain")])])
-    vote, ttsi = evaluate.compare(evaluate.grouped(runs))
-    assert (vote["extra seconds"], vote["draws"], vote["tokens"]) == (1.0, 5.0, 60)
-    assert (ttsi["extra seconds"], ttsi["draws"], ttsi["tokens"], ttsi["seconds"]) == (pytest.approx(3.6), pytest.approx(18.0), 8.5, pytest.approx((5.1 + 1.5) / 2))
-
-
-def test_runs_that_differ_in_a_path_are_told_apart(tmp_path):
-    folders = [write_run(tmp_path / name, RECORDS, teacher=f"https://{name}/v1") for name in "ab"]
-    assert [group["name"] for group in evaluate.grouped(evaluate.read_runs(folders))] == ["ttsi teacher https://a/v1", "ttsi teacher https://b/v1"]
-
-
-def test_votes_and_pass_at_k_by_hand(runs):
-    row, = evaluate.votes(evaluate.grouped(evaluate.read_runs(runs)))
-    assert row["vote"]["mean"] == pytest.approx(2 / 5)
-    assert row["pass@1"]["mean"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 25) and row["pass@5"]["mean"] == pytest.approx(4 / 5)
-
-
-def test_the_pairs_by_hand(tmp_path):
-    pair = {"request": "Is it cold in Oslo?", "calls": [{"name": "f", "arguments": {"city": "Oslo", "n": 5}}], "text": "", "votes": 3}
-    records = [{**record("a", False, True), "request": "Is it warm in Rome? 5", "gold": '{"name": "f", "arguments": {"city": "Oslo"}}',
-                "base": {**part(False), "text": '{"name": "g", "arguments": {}}'}, "pairs": [pair], "norms": [2.0, 9.0], "kl": 0.5},
-               {**record("b", False, True), "pairs": [{**pair, "request": "What?"}]}]
-    row, = evaluate.describe_pairs(evaluate.grouped(evaluate.read_runs([write_run(tmp_path / "run", records)])))
-    assert (row["pairs"], row["valid"], row["unique"], row["repeats"]) == (2, 0.5, 1.0, 1)      # "What?" is the second's own request
-    assert row["ROUGE-L"] == pytest.approx((2 * 3 / 11 + 1) / 2)                                # is it _ in, of 5 and 6 words
-    assert (row["copied values"], row["tool as gold"], row["tool as direct"]) == (0.25, 0.5, 0.0)
-    assert (row["leaks"], row["largest norm"], row["KL"], row["first loss"], row["last loss"]) == (1, 9.0, 0.5, 0.5, 0.25)
-
-
-def test_the_report_in_every_form(runs, capsys):
-    assert main(list(map(str, runs))) == 0
-    text = capsys.readouterr().out
-    assert "Gains" in text and "pass@5" in text and "72.43" in text and "Median seconds" in text
-    assert main([*map(str, runs), "--markdown"]) == 0
-    assert "| bench | run |" in capsys.readouterr().out
-    assert main([*map(str, runs), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert found["gains"][0]["gain"]["mean"] == pytest.approx(0.2) and len(found["runs"]) == 3
-
-
-def test_tables_for_a_readme_are_tables_there(runs):
-    """A blank line before and after each, else what follows is read as a row."""
-    lines = evaluate.report(evaluate.read_runs(runs), markdown=True).splitlines()
-    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""]):
-        assert line.startswith("|") or not (before.startswith("|") or after.startswith("|")) or not line
-
-
-def test_a_vote_of_a_few_samples_is_told_of_those_alone(tmp_path):
-    few = [{**RECORDS[0], "vote": part(True), "sampled": [part(False), part(True)]}, *RECORDS[1:]]
-    runs = evaluate.read_runs([write_run(tmp_path / "run", few, method="vote")])
-    assert "of the 1 samples with sampled answers, pass@2 100.0, the majority 100.0" in table(runs)
-    all_of_them = [{**r, "vote": part(True), "sampled": [part(i == 0) for i in range(7)]} for r in RECORDS]
-    row, = evaluate.votes(evaluate.grouped(evaluate.read_runs([write_run(tmp_path / "all", all_of_them, method="vote")])))
-    assert (row["direct"]["mean"], row["vote"]["mean"]) == (0.4, 1.0)           # the direct answers, not the votes
-    assert [row[f"pass@{k}"]["mean"] for k in (1, 5, 7)] == pytest.approx([1 / 7, 5 / 7, 1])
-
-
-@pytest.mark.parametrize("name, flag", [("facts.json", "--verify"), ("config.json", "--verify"), ("config.json", "--rescore")])
-@pytest.mark.parametrize("content", ["{}", "[]", "5"])
-def test_a_run_folders_file_of_another_shape_is_named(tmp_path, capsys, name, flag, content):
-    folder = write_run(tmp_path / "run", RECORDS, limit=0)
-    (folder / name).write_text(content)
-    assert main([str(folder), flag]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and name in error
-
-
-def test_rescoring_reads_the_stored_texts_and_writes_nothing(tmp_path, capsys):
-    item = {"query": "hi", "tools": [{"name": "f", "description": "", "parameters": {}}], "answers": [{"name": "f", "arguments": {}}]}
-    (tmp_path / "data.json").write_text(json.dumps([item]))
-    wrong = {**record("sealtool-0", False, False), "answer": part(False, '{"name": "f", "arguments": {}}')}
-    folder = write_run(tmp_path / "run", [wrong], data=str(tmp_path / "data.json"), limit=0)
-    before = (folder / "records.jsonl").read_bytes()
-    assert main([str(folder), "--rescore", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["runs"][str(folder)]["accuracy"] == 1.0
-    assert (folder / "records.jsonl").read_bytes() == before
-    (tmp_path / "data.json").unlink()
-    assert main([str(folder), "--rescore"]) == 2 and "data.json" in capsys.readouterr().err
-
-
-def test_the_mean_of_votes_has_what_all_benchmarks_have(tmp_path):
-    def voted(draws, right): return [{**r, "vote": part(right), "sampled": [part(i == 0) for i in range(draws)]} for r in RECORDS]
-    folders = [write_run(tmp_path / "a", voted(5, True), method="base"), write_run(tmp_path / "b", voted(3, False), method="base", bench="apibank")]
-    *_, both = evaluate.votes(evaluate.grouped(evaluate.read_runs(folders)))
-    assert (both["bench"], both["n"], both["vote"]["mean"], both["pass@1"]["mean"]) == ("mean of 2", 10, 0.5, pytest.approx((1 / 5 + 1 / 3) / 2))
-    assert "pass@5" not in both and "pass@3" not in both
+@settings(max_examples=100, deadline=None)
+@given(st.lists(LIKE_ONE | OF_THE_TYPES | JSON, min_size=1, max_size=2), st.just(CONFIG) | CONFIGS,
+       st.sampled_from([[], ["--json"], ["--sample", "a"]]))
+def test_hostile_files_are_shown_safely_or_refused_in_words(lines, config, flags):
+    with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out,
+          contextlib.redirect_stderr(io.StringIO()) as error):
+        Path(folder, "config.json").write_text(json.dumps(config))
+        Path(folder, "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        code = main([folder, *flags])
+    printed, said = out.getvalue(), error.getvalue()
+    assert all(c.isprintable() or c == "\n" for c in printed + said)
+    assert (code, bool(printed), said[:20]) in ((0, True, ""), (2, False, "evaluate.py: error: "))
+    assert "NaN" not in printed and "Infinity" not in printed or flags != ["--json"]

@@ -1,148 +1,130 @@
-"""uncertainty.py by hand-made cases, and its shared, cached, batched scoring against one full pass for each candidate."""
+"""uncertainty.py by hand-made cases, and against one full pass for each candidate."""
 import math
+from os.path import commonprefix
 
 import pytest
 import torch
 
-from uncertainty import ANSWER_START, relative_softmax, score_candidates, softmax_difference
+from model import KVCache
+from uncertainty import (ANSWER_START, PrefixCaches, relative_softmax, score_candidates,
+                         softmax_difference)
 
-NAMES = {
-    "one name": ["get_weather"],
-    "no common beginning": ["get_weather", "user", "Look"],
-    "a common beginning": ["get_user_by_id", "get_user_by_name", "get_user_weather"],
-    "one the beginning of the others": ["get", "get_user", "get_user_by_id"],
-    "twins but for the case": ["getUser", "getuser"],
-    "not from the training text": ["Zürich::météo", "x", "東京_天気.v2", "a b", "q" * 40],
-    "many names": [f"get_{a}{b}" for a in ("user", "weather", "", "x") for b in ("", "_by_id", "_2", "_days_of_the_week")],
-}
+NAMES = {"one name": ["get_weather"],
+         "a common beginning": ["get_user_by_id", "get_user_by_name", "get_user_weather"],
+         "one the beginning of the others": ["get", "get_user", "get_user_by_id"],
+         "twins but for the case": ["getUser", "getuser"],
+         "not from the training text": ["Zürich::météo", "x", "東京_天気.v2", "a b", "q" * 40]}
 
 
-# -------------------------------------------------------------------------------------------- from scores to a margin
-
-def test_relative_softmax_by_hand():
-    assert torch.allclose(relative_softmax(torch.tensor([0.7, 0.2, 0.1]).log()), torch.tensor([0.7, 0.2, 0.1]))
-    assert torch.allclose(relative_softmax(torch.tensor([0.0, -math.log(3)])), torch.tensor([0.75, 0.25]))
-    assert torch.equal(relative_softmax(torch.tensor([-5.0])), torch.ones(1))
+@pytest.mark.parametrize("p, expected", [
+    ([0.7, 0.2, 0.1], 0.5),                             # the docstring's example
+    ([0.1, 0.2, 0.7], 0.5),                             # the order does not matter,
+    ([0.07, 0.02, 0.01], 0.5),                          # nor does a common factor
+    ([0.3, 0.3, 0.0], 0.0), ([1e-30], 1.0), ([1.0, 0.0], 1.0)])
+def test_softmax_difference_by_hand(p, expected):
+    log_likelihoods = torch.tensor(p).log()
+    assert softmax_difference(log_likelihoods) == pytest.approx(expected, abs=1e-6)
+    assert torch.allclose(relative_softmax(log_likelihoods), torch.tensor(p) / sum(p))
 
 
 def test_relative_softmax_does_not_underflow_where_the_probabilities_do():
-    far = torch.tensor([-2000.0, -2000.0 - math.log(4), -9000.0])           # exp(-2000) is 0 in any float
-    assert far.exp().sum() == 0 and torch.allclose(relative_softmax(far), torch.tensor([0.8, 0.2, 0.0]), atol=1e-4)
+    far = torch.tensor([-2000.0, -2000.0 - math.log(4), -9000.0])           # exp(-2000) is 0
+    assert torch.allclose(relative_softmax(far), torch.tensor([0.8, 0.2, 0.0]), atol=1e-4)
     assert softmax_difference(far) == pytest.approx(0.6, abs=1e-4)
-    impossible = torch.tensor([-1.0, -math.inf])
-    assert relative_softmax(impossible).tolist() == [1, 0] and softmax_difference(impossible) == 1
 
-
-@pytest.mark.parametrize("scores, expected", [
-    (torch.tensor([0.7, 0.2, 0.1]).log(), 0.5),                             # the docstring's own example
-    (torch.tensor([0.1, 0.2, 0.7]).log(), 0.5),                             # the order does not matter
-    (torch.tensor([0.07, 0.02, 0.01]).log(), 0.5),                          # nor does a common factor
-    (torch.tensor([-3.0, -3.0]), 0.0), (torch.tensor([-3.0, -3.0, -50.0]), 0.0),
-    (torch.tensor([-700.0]), 1.0), (torch.tensor([0.0, -1000.0]), 1.0),
-])
-def test_softmax_difference_by_hand(scores, expected):
-    assert softmax_difference(scores) == pytest.approx(expected, abs=1e-6)
-    assert isinstance(softmax_difference(scores), float) and 0 <= softmax_difference(scores) <= 1
-
-
-def test_no_candidate_is_an_error_and_not_a_number():
-    with pytest.raises(ValueError, match="no candidate"):
-        softmax_difference(torch.empty(0))
-
-
-# ------------------------------------------------------------------------------------------------- scoring candidates
 
 @pytest.fixture
 def prompt(tokenizer) -> list[int]:
-    return tokenizer.chat([{"role": "system", "content": "You can use these tools: get_user_by_id, get_weather."},
+    return tokenizer.chat([{"role": "system", "content": "These tools: get_user, get_weather."},
                            {"role": "user", "content": "What is the weather in Zürich?"}])
 
 
-def read(model, ids):
-    cache = model.new_cache()
-    with torch.no_grad():
-        model(torch.tensor([ids]), cache)
-    return cache
+def score(model, tokenizer, prompt, names, last: int = 1) -> torch.Tensor:
+    cache = KVCache()
+    model(torch.tensor([prompt[:-last]]), cache)
+    return score_candidates(model, tokenizer, cache, prompt[-last:], names)
 
 
-def begins_with_a_quote(tokenizer) -> torch.Tensor:
-    """Which ids decode to text that begins with a quotation mark, found the slow way."""
-    return torch.tensor([tokenizer.decode([i]).startswith('"') for i in range(512)])
-
-
-@torch.no_grad()
 def plain_scores(model, tokenizer, prompt, names) -> torch.Tensor:
-    """The definition: for each name one full pass over prompt, answer start and name; then the name's tokens and its end."""
-    quotes, scores = begins_with_a_quote(tokenizer), []
-    for name in names:
-        start, name_ids = [*prompt, *tokenizer.encode(ANSWER_START)], tokenizer.encode(name)
-        log_p = model.logits(model(torch.tensor([start + name_ids]))).log_softmax(-1)[0, len(start) - 1:]
-        score = sum(log_p[i, token] for i, token in enumerate(name_ids))
-        scores.append(score + log_p[-1, quotes].exp().sum().log())
+    """The definition, by a full pass over prompt, answer start and name for each name: all tokens
+    from where the names may part, then the name's end, any token that begins with `"`."""
+    texts = [tokenizer.encode(ANSWER_START + name) for name in names]
+    common = len(commonprefix([tokenizer.encode(ANSWER_START), *texts]))
+    quotes = [i for i in range(512) if tokenizer.decode([i]).startswith('"')]
+    scores = []
+    for ids in texts:
+        hidden = model(torch.tensor([[*prompt, *ids]]))[0, len(prompt) + common - 1:]
+        log_p = model.logits(hidden).log_softmax(-1)
+        of_name = log_p[range(len(ids) - common), ids[common:]].sum()
+        scores.append(of_name + log_p[-1, quotes].exp().sum().log())
     return torch.stack(scores)
 
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
-@pytest.mark.parametrize("split", [1, 20], ids=["one last token", "a long rest"])
-def test_scores_equal_a_full_pass_for_each_candidate(names, split, model, tokenizer, prompt):
-    scores = score_candidates(model, tokenizer, read(model, prompt[:-split]), prompt[-split:], names)
+def test_scores_equal_a_full_pass_for_each_candidate(names, model, tokenizer, prompt):
     expected = plain_scores(model, tokenizer, prompt, names)
-    assert scores.shape == (len(names),) and scores.dtype == torch.float32 and scores.device.type == "cpu"
-    assert (scores - expected).abs().max() < 1e-4 and scores.max() < 0
-    assert len(names) == 1 or scores.std() > 0.01                           # else any mix-up of the names would pass
+    for last in (1, 20):
+        scores = score(model, tokenizer, prompt, names, last)
+        assert scores.shape == (len(names),) and scores.dtype == torch.float32
+        assert (scores - expected).abs().max() < 1e-4 and scores.max() < 0
+    assert len(names) == 1 or expected.std() > 0.01         # else any mix-up of the names passes
 
 
-def test_the_cases_do_share_beginnings_in_tokens(tokenizer):
-    """The cases above are the ones that their names say, as long as the tokenizer cuts them so."""
-    first, second, third = (tokenizer.encode(name) for name in NAMES["one the beginning of the others"])
-    assert second[:len(first)] == first and third[:len(second)] == second
-    common = [tokenizer.encode(name) for name in NAMES["a common beginning"]]
-    assert len({tuple(ids[:2]) for ids in common}) == 1 and len({tuple(ids) for ids in common}) == 3
+@pytest.mark.xfail(strict=False, reason="a name is encoded apart from what stands before it")
+def test_a_name_that_begins_with_punctuation_is_read_as_it_is_written(model, tokenizer, prompt):
+    """Up to what all scores have in common, for ` "` belongs to the first token of "-x"."""
+    names = ["-x", "get_weather", "user"]
+    start = tokenizer.encode(ANSWER_START)
+    assert tokenizer.encode(ANSWER_START + "-x")[:len(start)] != start
+    expected = plain_scores(model, tokenizer, prompt, names).log_softmax(-1)
+    found = score(model, tokenizer, prompt, names).log_softmax(-1)
+    assert (found - expected).abs().max() < 1e-4
 
 
-def test_the_prompts_cache_is_left_as_it_was(model, tokenizer, prompt):
-    cache = read(model, prompt[:-3])
-    tensors = [t.clone() for t in cache.keys + cache.values]
-    first = score_candidates(model, tokenizer, cache, prompt[-3:], NAMES["a common beginning"])
-    assert cache.length == len(prompt) - 3 and not cache.holes and cache.valid.all()
-    assert all(torch.equal(a, b) for a, b in zip(tensors, cache.keys + cache.values))
-    assert torch.equal(first, score_candidates(model, tokenizer, cache, prompt[-3:], NAMES["a common beginning"]))
+def test_scoring_leaves_the_prompts_cache_as_it_was(model, tokenizer, prompt):
+    cache = KVCache()
+    model(torch.tensor([prompt[:-1]]), cache)
+    before = [t.clone() for t in (cache.ids, *cache.keys, *cache.values)]
+    score_candidates(model, tokenizer, cache, prompt[-1:], ["get", "get_weather"])
+    after = (cache.ids, *cache.keys, *cache.values)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_a_score_depends_on_neither_the_order_nor_the_other_names(model, tokenizer, prompt):
-    names, cache, last = NAMES["many names"], read(model, prompt[:-1]), prompt[-1:]
-    scores = dict(zip(names, score_candidates(model, tokenizer, cache, last, names).tolist()))
-    for some in (names[::-1], names[3:5], names[7:8], names[2:9] + ["something_else_altogether"]):
-        for name, score in zip(some, score_candidates(model, tokenizer, cache, last, some).tolist()):
-            assert name not in scores or abs(score - scores[name]) < 1e-4, name
+def test_a_name_may_end_in_every_token_whose_text_begins_with_a_quotation_mark(tokenizer):
+    quotes = [i for i in range(512) if tokenizer.decode([i]).startswith('"')]
+    assert tokenizer.quotes == quotes
+    assert {tokenizer.decode([i]) for i in quotes} >= {'"', '",', '":'}
 
 
-def test_a_name_does_not_win_for_being_the_beginning_of_another(model, tokenizer, prompt):
-    """P(get") + P(get_user") cannot exceed P(get): the ends of the names divide what their beginning has."""
-    short, long = score_candidates(model, tokenizer, read(model, prompt[:-1]), prompt[-1:], ["get", "get_user"]).exp()
-    ids = tokenizer.encode("get")
-    start = torch.tensor([[*prompt, *tokenizer.encode(ANSWER_START), *ids]])
-    with torch.no_grad():
-        log_p = model.logits(model(start)).log_softmax(-1)[0, -1 - len(ids):-1]
-    beginning = log_p[range(len(ids)), ids].sum().exp()
-    assert 0 < short < beginning and 0 < short + long < beginning
-
-
-@pytest.mark.parametrize("name", ["get_weather", "user", "Zürich"])
-def test_the_ids_scored_are_those_of_the_joined_text(name, tokenizer):
-    """Ids are joined, not strings; at our template's boundaries both give the same."""
-    parts = tokenizer.encode(ANSWER_START) + tokenizer.encode(name)
-    assert parts == tokenizer.encode(ANSWER_START + name)
-    whole = tokenizer.encode(f'{ANSWER_START}{name}", "arguments"')
-    assert whole[:len(parts)] == parts and whole[len(parts)] in tokenizer.quotes
-
-
-def test_the_closing_tokens_are_those_whose_text_begins_with_a_quotation_mark(tokenizer):
-    ids = tokenizer.quotes
-    assert ids == begins_with_a_quote(tokenizer).nonzero().flatten().tolist()
-    assert len(ids) > 3 and {tokenizer.decode([i]) for i in ids} >= {'"', '",', '":'}
-
-
-def test_no_name_to_score_is_an_error(model, tokenizer, prompt):
+def test_no_candidate_is_an_error_and_not_a_number(model, tokenizer, prompt):
     with pytest.raises(ValueError, match="no candidate"):
-        score_candidates(model, tokenizer, read(model, prompt[:-1]), prompt[-1:], [])
+        softmax_difference(torch.empty(0))
+    with pytest.raises(ValueError, match="no candidate"):
+        score(model, tokenizer, prompt, [])
+
+
+def test_a_prefix_is_read_once_and_its_forks_do_not_change_the_kept_one(model):
+    caches, passes, rest = PrefixCaches(model), [], torch.tensor([[7, 8, 9]])
+    expected = model(torch.tensor([[*range(10), 7, 8, 9]]))[:, 10:]
+    model.register_forward_hook(lambda module, args, out: passes.append(args[0].shape[1]))
+    for _ in range(3):
+        assert torch.allclose(model(rest, caches.read(range(10))), expected, atol=1e-5)
+    assert passes == [10, 3, 3, 3] and caches.read(range(10)).length == 10
+
+
+def test_the_least_recently_read_prefix_is_dropped_first_and_the_last_one_never(model):
+    one, passes = PrefixCaches(model, max_bytes=1), []
+    one.read(range(10))
+    two = PrefixCaches(model, max_bytes=2 * one.bytes())
+    model.register_forward_hook(lambda module, args, out: passes.append(int(args[0][0, 0])))
+    for start in (0, 1, 0, 2, 0, 1):
+        two.read(range(start, start + 10))
+    assert passes == [0, 1, 2, 1] and two.bytes() == two.max_bytes
+    assert one.read(range(10)).length == 10 and len(passes) == 4    # however small the bound
+
+
+def test_a_prefix_whose_reading_failed_is_not_kept(model):
+    caches = PrefixCaches(model)
+    with pytest.raises(IndexError):
+        caches.read([1, 2, 9999])               # no such token
+    assert not caches.caches

@@ -1,0 +1,217 @@
+"""What to learn? Algorithm 1 with other lessons for a sample's adapter.
+
+    python -m research.lessons --lesson unrelated --bench toolalpaca
+    python -m research.lessons --filter consistent --measure-kl --k 4 --bench toolalpaca
+
+--lesson self: pairs written for the sample (the paper's). unrelated: those written for another
+sample, drawn by the seed. gold: the sample's own request and its gold calls, which uses labels: an
+upper bound. --filter says which written pairs are kept. --measure-kl records how far an adapter
+moves the model, as KL(adapted || base). What is like train.py is kept with train.py's lines. The
+answer stands in research/RESULTS.md, "What to learn?".
+"""
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import augment
+import data
+import train
+from augment import LABELS, Draft, Found, Label, Pair, Writer, check_text, majority, sample_labels
+from augment import label_drafts, synthesize
+from data import Sample, call_prompt, call_text, request_text
+from data.calls import Call, calls_key, parse_calls
+from lora import Params, adapters, new_params
+from model import seeded
+from research.stream import adapt_with
+from train import Adapted, Agent, Assessed, Kept, Lesson, Outcome, Stage, option
+
+KL_TOKENS = 256         # the last of a request, over which the KL is taken
+
+
+@dataclass(frozen=True)
+class LessonConfig(train.Config):
+    """train.py's options, and those of the lessons."""
+    lesson: str = option("self", "G", "whose pairs are learnt: the sample's own; unrelated: another "
+                         "sample's; gold: its own request and gold calls (uses labels)",
+                         "self", "unrelated", "gold")
+    filter: str = option("schema", "G", "a written pair is kept if: none: there is any answer; "
+                         "schema (the default of train.py): it fits the tools; consistent: more "
+                         "than half of the sampled answers agree with it, too",
+                         "none", "schema", "consistent")
+    measure_kl: bool = option(False, "T", "record KL(adapted || base), for two passes more")
+    uses_labels: bool = option(False, "G", "set by the program where a run reads labels")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method == "base" or self.method == "ttd" and self.lesson == "gold":
+            raise ValueError(f"--method {self.method}: it does not go with --lesson {self.lesson}; "
+                             "use ttsi")
+
+
+# ------------------------------------------------------ --filter: labels of drafts, for synthesize
+
+def any_answer(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[Label]:
+    """The labels of drafts as they are written, or with --pair request one sampled answer each."""
+    texts = [[draft.rest] for draft in drafts]
+    if config.pair == "request":
+        texts = sample_labels(writer, drafts, attempt, config, 1)
+    return [Label(text, 1, "" if text.strip() else "no call could be read", [text])
+            for text, in texts]
+
+
+def agreed(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[Label]:
+    """The labels that more than half of LABELS sampled answers agree with."""
+    labels = []
+    for draft, texts in zip(drafts, sample_labels(writer, drafts, attempt, config)):
+        label = majority(texts, draft.sample, LABELS // 2 + 1)
+        if config.pair == "joint" and not label.reason:         # what was written is to be kept
+            reason = check_text(draft.rest, draft.sample)
+            if meaning(draft.rest, draft.sample) != meaning(label.text, draft.sample):
+                reason = "the majority calls something else"
+            label = replace(label, text=draft.rest, reason=reason)
+        labels.append(label)
+    return labels
+
+
+def meaning(text: str, sample: Sample):
+    """Equal for texts that call the same."""
+    return calls_key(parse_calls(text).calls, sample.tools)
+
+
+FILTERS = {"none": any_answer, "schema": label_drafts, "consistent": agreed}
+
+
+# -------------------------------------------------------------------- --lesson: unrelated and gold
+
+def another(sample: Sample, everyone: Sequence[Sample], seed: int) -> Sample:
+    """One of the other samples of the benchmark."""
+    others = [other for other in everyone if other.id != sample.id]
+    draw = torch.randint(len(others), (), generator=seeded(seed, sample.id, "unrelated"))
+    return others[int(draw)]
+
+
+def in_form_of(text: str, calls: Sequence[Call]) -> str:
+    """Calls as a model writes them that wrote `text`."""
+    # ours: without the tags if the model writes none. Learning both, the tags and the calls, from
+    # one pair, the 0.5B learnt neither: it went on with further calls.
+    lines = call_text(calls).splitlines()
+    if "<tool_call>" not in text:
+        lines = [line for line in lines if line not in ("<tool_call>", "</tool_call>")]
+    return "\n".join(lines)
+
+
+def gold_pair(sample: Sample, line: Assessed, calls: Sequence[Call]) -> Found:
+    """The sample's own request with its gold calls, as a line of G."""
+    return Found(sample.id, [Pair(request_text(sample), in_form_of(line.text, calls))])
+
+
+# -------------------------------------------------------------------------------- --measure-kl
+
+@dataclass
+class Measured(Adapted):
+    """A line of T with what the adapter has changed."""
+    kl: float = 0.0                     # KL(adapted || base), nats a token of the request
+
+
+@torch.no_grad()
+def divergence(agent: Agent, sample: Sample, params: Params, config: train.Config) -> float:
+    """KL(adapted || base) in nats: the mean over the last tokens of the sample's prompt."""
+    (ids,), cache = train.begin(agent, [call_prompt(sample)], config)
+
+    def log_p() -> torch.Tensor:
+        hidden = agent.model(torch.tensor([ids], device=agent.model.device),
+                             cache.fork() if cache else None)
+        return agent.model.logits(hidden[0, -KL_TOKENS:]).log_softmax(-1)       # (tokens, V)
+    base = log_p()
+    with adapters(agent.model, params, config.alpha):
+        adapted = log_p()
+    return F.kl_div(base, adapted, log_target=True, reduction="batchmean").item()
+
+
+def adapt_and_measure(agent: Agent, sample: Sample, lessons: Sequence[Lesson],
+                      config: train.Config) -> Measured:
+    """T for one sample, with the divergence."""
+    params = new_params(agent.model, config.rank, [seeded(config.seed, sample.id, "lora")])
+    line = adapt_with(agent, sample, lessons, params, config)
+    kl = divergence(agent, sample, params, config) if line.finite else 0.0
+    return Measured(**vars(line), kl=kl)
+
+
+# ------------------------------------------------------------------------------------ the program
+
+GOLD = Stage("G", Found, ("labels",), (in_form_of, gold_pair), train.H)
+
+
+def stages(config: LessonConfig) -> tuple[Stage, Stage]:
+    """G and T of this configuration: the core's own where it does what the core does."""
+    g, t = train.G, train.T
+    if config.lesson == "gold":
+        g = GOLD
+    elif config.filter != "schema":
+        g = replace(g, reads=(*g.reads, "filter"), code=(augment, FILTERS[config.filter]))
+    if config.lesson != "self":
+        t = replace(t, reads=(*t.reads, "lesson", "seed"), code=(*t.code, another))
+    if config.measure_kl:
+        t = replace(t, line=Measured, code=(*t.code, adapt_with, divergence, adapt_and_measure))
+    return g, replace(t, after=g)
+
+
+def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept: Kept,
+            everyone: Sequence[Sample], gold: dict[str, Sequence[Call]]) -> list[Outcome]:
+    """Algorithm 1 with other lessons. everyone: all samples of the benchmark, without labels. gold:
+    the labels by id, of --lesson gold alone."""
+    g_stage, t_stage = stages(config)
+    h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
+    unsure = [x for x in samples if h[x.id].margin < config.tau]
+    about = {x.id: x for x in unsure}               # the sample that another's pairs are written for
+    if config.lesson == "unrelated":
+        about = {x.id: another(x, everyone, config.seed) for x in unsure}
+    if config.lesson == "gold":
+        g = kept(g_stage, unsure, lambda xs: [gold_pair(x, h[x.id], gold[x.id]) for x in xs])
+        lessons = {x.id: [(call_prompt(x), p.text) for p in g[x.id].pairs] for x in unsure}
+    else:
+        subjects = list({y.id: y for y in about.values()}.values())     # two may draw the same
+        written = kept(g_stage, subjects, lambda xs: synthesize(agent.writer, xs, config,
+                                                                FILTERS[config.filter]))
+        g = {x.id: written[about[x.id].id] for x in unsure}
+        lessons = {x.id: train.lessons_of(about[x.id], g[x.id]) for x in unsure}
+
+    def learn(xs: list[Sample]) -> list[Adapted]:
+        if config.measure_kl:
+            return [adapt_and_measure(agent, x, lessons[x.id], config) for x in xs]
+        return train.adapt(agent, xs, [lessons[x.id] for x in xs], config)
+    t = kept(t_stage, [x for x in unsure if lessons[x.id]], learn)
+    extra = {x.id: {"kl": t[x.id].kl} for x in unsure
+             if config.measure_kl and x.id in t and t[x.id].finite}
+    return [Outcome(h[x.id], g.get(x.id), t.get(x.id), extra.get(x.id, {})) for x in samples]
+
+
+def benchmark(config: train.Config) -> list[Sample]:
+    """All samples of the benchmark, those beyond --limit too."""
+    bundled = config.data == "bundled"
+    return data.load(config.bench, None if bundled else config.data or None, config.offline, bundled)
+
+
+@train.exit_codes
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; gives its exit code."""
+    config = train.choose(train.parse_args(argv, LessonConfig, __doc__))
+    config = replace(config, uses_labels=config.lesson == "gold")
+    agent, samples = train.set_up(config)
+    everyone, gold = [sample.without_answers() for sample in benchmark(config)], {}
+    if config.lesson == "unrelated" and len(everyone) < 2:
+        raise ValueError("--lesson unrelated: there is no other sample")
+    if config.lesson == "gold":
+        gold = {sample.id: sample.answers for sample in samples}
+        agent.facts["labels"] = hashlib.sha256(repr(gold).encode()).hexdigest()
+    kept = Kept(config, agent.facts)
+    return train.run(agent, samples, config, kept, partial(improve, everyone=everyone, gold=gold))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
