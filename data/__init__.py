@@ -8,7 +8,7 @@ import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.calls import Call
+from data.calls import Call, marked_arguments, parse_calls
 
 COMMIT = "ff415d9998180b5a68bbfdda3309ec04b472fb49"
 URL = f"https://raw.githubusercontent.com/MadeAgents/Hammer/{COMMIT}/data/test/original/"
@@ -19,7 +19,6 @@ PUBLISHED = {       # benchmark: (file at URL, its git blob id = sha1("blob <siz
     "apibank_l2": ("apibank_l2.json", "64aa399489486558fea40ac23dfe955175473559"),
     "nexusraven": ("NexusRaven.json", "58f525bfc13880f28884fe5dc5e9fd67e61460ad"),
 }
-MAX_BYTES = 256 * 2 ** 20       # the published files have a few MB; a larger one is a mistake
 
 # ours: the system text is neutral. What a turn asks for (a call, a new request) is said in the user
 # turn, behind the tools. So one KV cache of this text serves scoring, answering and writing alike.
@@ -83,8 +82,8 @@ def load(bench: str, data: str = "", offline: bool = False, bundled: bool = Fals
     The file is `data`, or in the folder `data`; else in the folder $TTSI_DATA; else in the cache
     (~/.cache/ttsi or $XDG_CACHE_HOME/ttsi), downloaded there unless `offline`. A cached file is
     checked against the published git blob id, the user's own is not. `bundled` takes the generated
-    stand-in in data/samples. Raises ValueError (a fault in the file: where, and what),
-    OSError (no such file, or it cannot be read) or ConnectionError (no download).
+    stand-in in data/samples. Raises ValueError (a fault in the file: where, and what) or OSError
+    (no such file, or no download).
     """
     if bench not in PUBLISHED:
         raise ValueError(f"unknown benchmark {bench!r}; choose one of {', '.join(PUBLISHED)}")
@@ -95,35 +94,48 @@ def load(bench: str, data: str = "", offline: bool = False, bundled: bool = Fals
     samples = [parse_sample(item, f"{bench}-{i}", f"{path}, item {i}")
                for i, item in enumerate(read_items(path))]
     tools = [tool for sample in samples for tool in sample.tools]
-    if any(p.get("required") is True for tool in tools for p in tool["parameters"].values()):
-        for tool in tools:      # this file marks what is required: without a mark, nothing is
-            if not any("required" in p for p in tool["parameters"].values()):
-                tool.setdefault("required", [])
+    if any(map(marked_arguments, tools)):   # this file marks what is required: else nothing is
+        for tool in tools:
+            if marked_arguments(tool) is None:
+                tool["required"] = []
     return samples
 
 
 def find_file(bench: str, data: str, offline: bool) -> Path:
-    """The benchmark's file: the user's own, or the cached one, downloaded when need be."""
+    """The benchmark's file: the user's own, or the cached one."""
     name, blob = PUBLISHED[bench]
-    if data:
-        path = os.path.expanduser(data)
-        path = os.path.join(path, name) if os.path.isdir(path) else path
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"no file {path}; --data takes a file, or a folder with {name}")
+    own = os.path.expanduser(data or os.environ.get("TTSI_DATA", ""))
+    path = os.path.join(own, name) if os.path.isdir(own) else own
+    if os.path.isfile(path):
         return Path(path)
-    folder = os.environ.get("TTSI_DATA")
-    if folder and not os.path.isdir(folder):
-        raise FileNotFoundError(f"TTSI_DATA={folder} is no folder; mend it, or use --data")
-    if folder and Path(folder, name).is_file():
-        return Path(folder, name)
+    if data or own and not os.path.isdir(own):
+        raise FileNotFoundError(f"no file {path}; --data and $TTSI_DATA take a file, or a folder "
+                                f"with {name}")
+    return cached_file(URL + name, blob, offline)
+
+
+def cached_file(url: str, blob: str, offline: bool) -> Path:
+    """The file of a URL in the cache: checked by its git blob id, downloaded when need be.
+    ConnectionError if it cannot be had, ValueError if another file is there."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(cache, "ttsi", name)
+    path = Path(cache, "ttsi", url.rpartition("/")[2])
     if path.is_file() and blob_id(path.read_bytes()) == blob:
         return path
     if offline:
         raise FileNotFoundError(f"offline, and {path} is missing or not the published file (its "
                                 "git blob id differs); give a copy with --data")
-    download(path, blob)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(f"cannot download {url} ({error}); give a copy with --data") from None
+    if blob_id(content) != blob:
+        raise ValueError(f"{url} is not the published file: its git blob id is {blob_id(content)}, "
+                         f"not {blob}; try again, or give a copy with --data")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")    # so that `path` is never half
+    part.write_bytes(content)
+    part.replace(path)
     return path
 
 
@@ -132,40 +144,16 @@ def blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def download(path: Path, blob: str) -> None:
-    """Put the published file of the same name at `path`, whole and checked, or not at all."""
-    url = URL + path.name
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            content = response.read(MAX_BYTES)
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"cannot download {url} ({error}); give a copy with --data") from None
-    if blob_id(content) != blob:
-        raise ValueError(f"{url} is not the published file: its git blob id is {blob_id(content)}, "
-                         f"not {blob}; try again, or give a copy with --data")
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        raise FileNotFoundError(f"cannot write to {path.parent} ({error}); set XDG_CACHE_HOME, "
-                                "or use --data") from None
-
-
 def read_items(path: Path) -> list:
     """The list in a JSON file, of which each item can be written as UTF-8 JSON again."""
-    need(path.stat().st_size <= MAX_BYTES, path, f"larger than {MAX_BYTES:,} bytes")
     where = str(path)
     try:
         items = json.loads(path.read_text(encoding="utf-8-sig"))
         for i, item in enumerate(items if isinstance(items, list) else []):
             where = f"{path}, item {i}"
             json.dumps(item, ensure_ascii=False, allow_nan=False).encode()
-    except json.JSONDecodeError as error:
-        need(False, f"{path}, line {error.lineno}", f"not JSON ({error.msg})")
-    except (ValueError, RecursionError) as error:   # not UTF-8, a surrogate, NaN, endless nesting
-        need(False, where, f"text or number that cannot be stored as JSON ({error})")
+    except (ValueError, RecursionError) as error:   # no JSON, not UTF-8, NaN, endless nesting
+        need(False, where, f"cannot be read and written as JSON ({error})")
     need(isinstance(items, list) and items, path, "not a list of samples, or an empty one")
     return items
 
@@ -235,7 +223,7 @@ def parse_query(query: str | list, where: str) -> tuple[dict, ...]:
         role, content = turn["role"].replace("agent", "assistant"), turn["content"]
         if turn is turns[-1]:       # API-Bank's way of asking is left out; our prompt has its own
             content = re.sub(r"\s*Generate API Request:\s*$", "", content)
-        if role == "tool":          # earlier calls and their results, as Qwen2.5's template
+        if role == "tool":          # earlier calls and their results, as in Qwen2.5's template
             role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
         elif role == "assistant":
             content = past_calls(content) or content
@@ -249,8 +237,4 @@ def past_calls(content: str) -> str:
     """The calls of an earlier turn, ```[{"name", "arguments"}, ...]```, as a text of calls; "" for
     any other text."""
     fenced = re.fullmatch(r"\s*```(?:json)?\s*(\[.*\])\s*```\s*", content, re.DOTALL)
-    try:
-        calls = json.loads(fenced[1])
-        return call_text([Call(call["name"], call["arguments"]) for call in calls])
-    except (TypeError, KeyError, ValueError, RecursionError):
-        return ""
+    return call_text(parse_calls(fenced[1]).calls) if fenced else ""

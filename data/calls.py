@@ -29,7 +29,7 @@ class Parsed:
     """The calls in a text, and how far the text is from the form asked for."""
     calls: tuple[Call, ...]
     strict: bool        # the text is the form asked for and nothing else
-    recovery: str       # "" if strict, "unparsable" without calls, else the first thing forgiven
+    recovery: str       # "" if strict, "unparsable" if no answer, else the first thing forgiven
 
 
 # --- Reading: text -> calls -----------------------------------------------------------------------
@@ -90,16 +90,25 @@ def _read(text: str) -> tuple[object, str]:
     return None, ""
 
 
+_KEYS = {"name": "name", "tool": "name", "function": "name",
+         "arguments": "arguments", "parameters": "arguments", "args": "arguments"}
+_BEGUN = re.compile(rf"""\{{\s*['"](?:{"|".join(_KEYS)})['"]""")
+
+
 def _as_call(value: object) -> tuple[Call, str]:
-    """The call that an object holds, and what was forgiven; ValueError if it holds none."""
+    """The call that an object holds, and what was forgiven; ValueError if it holds anything else.
+
+    A call has a name and arguments, under these or other usual keys, and at most an id and a type.
+    """
     if not isinstance(value, dict):
         raise ValueError("not an object")
     forgiven = "" if value.keys() == {"name", "arguments"} else "other keys"
-    if isinstance(value.get("function"), dict):     # OpenAI's {"type": "function", "function": {}}
-        value = value["function"]
-    name = next((value[key] for key in ("name", "tool", "function") if key in value), None)
-    keys = (key for key in ("arguments", "parameters", "args") if key in value)
-    arguments = value.get(next(keys, None), {})
+    if isinstance(value.get("function"), dict) and value.keys() <= {"id", "type", "function"}:
+        value = value["function"]                   # OpenAI's {"type": "function", "function": {}}
+    parts = [(_KEYS.get(key), part) for key, part in value.items() if key not in ("id", "type")]
+    if Counter(key for key, _ in parts) != {"name": 1, "arguments": 1}:
+        raise ValueError("not a name and arguments")
+    name, arguments = dict(parts)["name"], dict(parts)["arguments"]
     if isinstance(arguments, str):
         arguments, forgiven = _read(arguments)[0], forgiven or "arguments as text"
     if not (isinstance(name, str) and name and isinstance(arguments, dict)):
@@ -136,6 +145,23 @@ def _json_calls(text: str) -> tuple[list[Call], str]:
     return calls, next(filter(None, forgiven), "")
 
 
+def _block_calls(text: str) -> tuple[list[Call], str]:
+    """The calls in closed <tool_call> blocks, whatever brackets the prose beside them has;
+    ValueError if a block holds none or stays open, or a call begins in the prose."""
+    calls = []
+    prose, *parts = text.split("<tool_call>")
+    for part in parts:
+        body, closing, after = part.partition("</tool_call>")
+        found = parse_calls(body).calls
+        if not found or not closing:
+            raise ValueError("a block without a call")
+        calls += found
+        prose += after
+    if _BEGUN.search(prose):
+        raise ValueError("a call outside the blocks")
+    return calls, "surrounding text"
+
+
 def _python_calls(text: str) -> tuple[list[Call], str]:
     """Calls like `name(a=1, b="x")`, one or several; raises if there is anything else."""
     calls = []
@@ -154,17 +180,22 @@ def _python_calls(text: str) -> tuple[list[Call], str]:
 def parse_calls(text: str) -> Parsed:
     """The calls in a model's answer. It never raises, and takes time linear in the text's length.
 
-    Strict is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, once or more, and
-    nothing else. Recoveries: "fenced code", "unclosed block", "surrounding text", "several
-    objects", "bare list", "bare object", "list" (in a block), "other keys", "arguments as text",
-    "python notation".
+    Strict is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
+    times, and nothing else. Recoveries: "fenced code", "unclosed block", "surrounding text",
+    "several objects", "bare list", "bare object", "list" (in a block), "other keys", "arguments as
+    text", "python notation". An empty text (strict) and "[]" (a bare list) say that no call is
+    needed. Any other text without calls is "unparsable": it says nothing, so it is never right.
 
     `parse_calls('f(a=1)') -> Parsed((Call("f", {"a": 1}),), False, "python notation")`
     """
     # ours: half an answer is no answer. If one object or block cannot be read, the whole text is
     # unparsable.
     text = text.strip()
-    for read in (_json_calls, _python_calls) if len(text) <= MAX_CHARS else ():
+    if re.fullmatch(r"(?:\[\s*\])?", text):
+        return Parsed((), text == "", "bare list" if text else "")
+    # Python notation comes first: in f(user={"name": ..., "arguments": ...}), the call is of f.
+    readers = (_python_calls, _json_calls, _block_calls)
+    for read in readers if len(text) <= MAX_CHARS else ():
         try:
             calls, recovery = read(text)
         except _UNREADABLE:
@@ -186,8 +217,15 @@ def _kind(schema: dict) -> str:
     return _KINDS.get(re.split(r"\W", str(schema.get("type")).lower(), maxsplit=1)[0], "")
 
 
-def _marked(tool: dict) -> frozenset[str] | None:
-    """The parameters marked as required, each or in a list beside; None if nothing is marked."""
+def _items(schema: dict) -> dict:
+    """What is declared of a list's items, in "items" or in a type like `list(str)`; else {}."""
+    written = re.fullmatch(r"(?:list|array)\W(.*)\W", str(schema.get("type")).lower())
+    items = schema.get("items", {"type": written[1]} if written else {})
+    return items if isinstance(items, dict) else {}
+
+
+def marked_arguments(tool: dict) -> frozenset[str] | None:
+    """The arguments marked as required, each or in a list beside; None if the tool has no marks."""
     parameters = tool.get("parameters") or {}
     if "required" not in tool and not any("required" in p for p in parameters.values()):
         return None
@@ -197,48 +235,54 @@ def _marked(tool: dict) -> frozenset[str] | None:
 
 def required_arguments(tool: dict) -> frozenset[str]:
     """The names of the arguments that a call of the tool must give."""
-    marked = _marked(tool)
+    marked = marked_arguments(tool)
     if marked is not None:
         return marked
-    # ours: a tool that marks nothing requires each parameter without a default. API-Bank's tools
-    # mark nothing, and of 258 gold calls of theirs 248 give every parameter (561 of 575 values).
+    # ours: a tool that marks nothing requires each parameter that has no default and does not begin
+    # its description with "[Optional]". API-Bank's tools mark nothing, and of 258 gold calls of
+    # theirs 248 give every parameter (561 of 575 values).
     parameters = tool.get("parameters") or {}
-    return frozenset(name for name, schema in parameters.items() if "default" not in schema)
+    return frozenset(name for name, schema in parameters.items() if "default" not in schema
+                     and not str(schema.get("description")).startswith("[Optional]"))
 
 
 def _is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
+def _given(call: Call, tool: dict) -> dict:
+    """The arguments that a call gives: "" and null mean absent, except for an argument that the
+    tool marks as required or does not have."""
+    parameters, marked = tool.get("parameters") or {}, marked_arguments(tool) or ()
+    return {name: value for name, value in call.arguments.items()
+            if not _is_empty(value) or name in marked or name not in parameters}
+
+
 def _fits(value: object, schema: dict) -> bool:
-    """Whether a value is of the declared type, or a text that reads as one ("5" for an integer)."""
-    kind = _kind(schema)
-    if kind in ("", "string"):
-        return kind == "" or isinstance(value, str)
-    found, content = value_key(value, schema)
-    if kind == "integer":
-        return found == "number" and content == content.to_integral_value()
-    return found == kind
+    """Whether a value means one of the declared type, as the text "5" does for an integer. Null
+    fits any type: gold calls of NexusRaven give it for required arguments."""
+    kind, (found, content) = _kind(schema), value_key(value, schema)
+    if kind == "integer" and found == "number":
+        return content == content.to_integral_value()
+    return kind in ("", found) or value is None
 
 
 def check_call(call: Call, tools: Sequence[dict]) -> str:
-    """What is wrong with a call by its tool's schema; "" if nothing.
-
-    "unknown tool", "missing argument: x", "unknown argument: x" or "wrong type: x". For an
-    optional argument "" and null mean absent, and are right.
-    """
+    """What is wrong with a call by its tool's schema; "" if nothing: "unknown tool", "missing
+    argument: x", "unknown argument: x" or "wrong type: x". What is absent and what a value means
+    are as in `call_key`."""
     tool = next((tool for tool in tools if tool["name"] == call.name), None)
     if tool is None:
         return "unknown tool"
     parameters, required = tool.get("parameters") or {}, required_arguments(tool)
+    given = _given(call, tool)
     for name in parameters:
-        if name in required and name not in call.arguments:
+        if name in required and name not in given:
             return f"missing argument: {name}"
-    for name, value in call.arguments.items():
+    for name, value in given.items():
         if name not in parameters:
             return f"unknown argument: {name:.40}"
-        absent = _is_empty(value) and name not in required
-        if not absent and not _fits(value, parameters[name]):
+        if not _fits(value, parameters[name]):
             return f"wrong type: {name}"
     return ""
 
@@ -261,9 +305,9 @@ def _meant(text: str, kind: str) -> object:
 def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashable]:
     """What a value means under its schema: ("number", Decimal("5")) for 5, 5.0 and "5".
 
-    Where a string is declared, a number or boolean is read as its JSON text. Where the type is
-    unknown, as it is inside a list or object, a text that is a number or boolean is read as one.
-    Booleans are never numbers.
+    Where a string is declared, a number or boolean is read as its JSON text. Where no type is, as
+    inside an object, a text that is a number or boolean is read as one. A list's items are read by
+    what the schema says of them. Booleans are never numbers.
     """
     kind = _kind(schema)
     if isinstance(value, str):
@@ -281,7 +325,7 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
         return "null", None
     if isinstance(value, dict):
         return "object", frozenset((k, value_key(v, {}, depth + 1)) for k, v in value.items())
-    return "array", tuple(value_key(item, {}, depth + 1) for item in value)
+    return "array", tuple(value_key(item, _items(schema), depth + 1) for item in value)
 
 
 def call_key(call: Call, tools: Sequence[dict]) -> tuple[str, frozenset]:
@@ -291,12 +335,10 @@ def call_key(call: Call, tools: Sequence[dict]) -> tuple[str, frozenset]:
     no schema describes has values of unknown type.
     """
     tool = next((tool for tool in tools if tool["name"] == call.name), {})
-    parameters, required = tool.get("parameters") or {}, _marked(tool) or frozenset()
-    values = {name: schema.get("default") for name, schema in parameters.items()}
-    values = {name: value for name, value in values.items() if not _is_empty(value)}
-    for name, value in call.arguments.items():
-        if not _is_empty(value) or name in required or name not in parameters:
-            values[name] = value
+    parameters = tool.get("parameters") or {}
+    defaults = {name: schema.get("default") for name, schema in parameters.items()}
+    values = {name: value for name, value in defaults.items() if not _is_empty(value)}
+    values |= _given(call, tool)
     return call.name, frozenset((name, value_key(value, parameters.get(name, {})))
                                 for name, value in values.items())
 

@@ -477,8 +477,8 @@ class Stage:
     mix: tuple[float, ...] = (0.75, 0.17, 0.08)     # shares that ask for a call, request, or both
 
 
-STAGES = (Stage(9000, 1.5e-3, Wording()),                       # first to copy, then to doubt,
-          Stage(1500, 5e-4, Wording(vague=VAGUE)),              # then to choose what is on offer
+STAGES = (Stage(9000, 1.5e-3, Wording()),                       # first to copy,
+          Stage(1500, 5e-4, Wording(vague=VAGUE)),              # then to doubt, then to choose
           Stage(6000, 1.2e-3, Wording(vague=VAGUE, synonym=0.6), (0.6, 0.28, 0.12)))
 
 

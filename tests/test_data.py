@@ -1,5 +1,4 @@
-"""The loaders: five published files, the user's own, and every way in which a file can be wrong."""
-import hashlib
+"""The loaders: the published files, the user's own, and every way in which a file can be wrong."""
 import http.server
 import json
 import threading
@@ -7,21 +6,24 @@ import threading
 import pytest
 
 import data
-from data.calls import Call
+from data import Sample, blob_id, cached_file, load
+from data.calls import Call, required_arguments
 
 TOOL = {"name": "f", "description": "d", "parameters": {"x": {"type": "string", "required": True}}}
 ANSWER = {"name": "f", "arguments": {"x": "1"}}
 ITEM = {"query": "q", "tools": [TOOL], "answers": [ANSWER]}
 GOLD = (Call("f", {"x": "1"}),)
+PAST = f"```[{json.dumps(ANSWER)}]```"
+BODY = json.dumps([ITEM]).encode()
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """No test sees the user's own folders, or the network."""
+    """No test sees the user's own folders, or a network beyond this machine."""
     monkeypatch.delenv("TTSI_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "URL", "http://127.0.0.1:9/")
-    return tmp_path
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def write(path, content) -> str:
@@ -30,217 +32,237 @@ def write(path, content) -> str:
     return str(path)
 
 
-def loaded(tmp_path, item) -> data.Sample:
-    return data.load("sealtool", data=write(tmp_path / "own.json", [item]))[0]
+def loaded(tmp_path, **changes) -> Sample:
+    return load("sealtool", data=write(tmp_path / "own.json", [ITEM | changes]))[0]
+
+
+def turns(*pairs: tuple[str, str]) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in pairs]
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """A web server on this machine in the place of GitHub; `server.body` is what it sends, None for a 404."""
+def url():
+    """Where a web server on this machine serves BODY as sealtool.json, and nothing else."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.server.asked.append(self.path)
-            self.send_response(404 if self.server.body is None else 200)
+            self.send_response(200 if self.path == "/sealtool.json" else 404)
             self.end_headers()
-            self.wfile.write(self.server.body or b"")
+            self.wfile.write(BODY)
 
         def log_message(self, *args):
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.body, server.asked = json.dumps([ITEM]).encode(), []
-        monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{server.server_port}/")
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        blob = hashlib.sha1(b"blob %d\0" % len(server.body) + server.body).hexdigest()
-        monkeypatch.setitem(data.PUBLISHED, "sealtool", ("sealtool.json", blob))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield server
+        yield f"http://127.0.0.1:{server.server_port}/sealtool.json"
         server.shutdown()
         thread.join()
 
 
-# ----------------------------------------------------------------------------------------------- where a file is from
+# --- Where a file is from -------------------------------------------------------------------------
 
-def test_a_file_is_downloaded_once_and_then_read_from_the_cache(server, tmp_path):
-    assert [s.id for s in data.load("sealtool")] == ["sealtool-0"]
-    assert [s.answers for s in data.load("sealtool", offline=True)] == [GOLD] and server.asked == ["/sealtool.json"]
-    assert [p.name for p in (tmp_path / "cache" / "ttsi").iterdir()] == ["sealtool.json"]     # and nothing half-written
+def test_a_file_is_downloaded_once_and_then_read_from_the_cache(url, tmp_path):
+    path = cached_file(url, blob_id(BODY), offline=False)
+    assert path == tmp_path / "cache" / "ttsi" / "sealtool.json" and path.read_bytes() == BODY
+    assert list(path.parent.iterdir()) == [path]                    # and nothing half-written
+    assert cached_file("http://127.0.0.1:9/sealtool.json", blob_id(BODY), offline=False) == path
+    assert cached_file(url, blob_id(BODY), offline=True) == path
 
 
-def test_a_corrupted_download_is_refused_and_not_kept(server, tmp_path):
-    server.body = server.body[:-1] + b" "
+def test_a_corrupted_download_is_refused_and_not_kept(url, tmp_path):
     with pytest.raises(ValueError, match="git blob id.*--data"):
-        data.load("sealtool")
+        cached_file(url, blob_id(b"something else"), offline=False)
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_corrupted_cache_is_refused_offline_and_mended_online(server, tmp_path):
+def test_a_corrupted_cache_is_refused_offline_and_mended_online(url, tmp_path):
     write(tmp_path / "cache" / "ttsi" / "sealtool.json", b"[]")
-    with pytest.raises(FileNotFoundError, match="offline.*blob id differs.*--data"):
-        data.load("sealtool", offline=True)
-    assert len(data.load("sealtool")) == 1
+    with pytest.raises(FileNotFoundError, match="offline.*sealtool.json.*blob id differs.*--data"):
+        load("sealtool", offline=True)
+    assert cached_file(url, blob_id(BODY), offline=False).read_bytes() == BODY
 
 
-def test_without_network_the_error_names_the_flag(server):
-    server.body = None
-    with pytest.raises(ConnectionError, match="404.*--data"):
-        data.load("sealtool")
-    with pytest.raises(FileNotFoundError, match="offline.*--data"):
-        data.load("apibank", offline=True)
+def test_without_network_the_error_names_the_flag(url):
+    for address, why in ((url + "x", "404"), ("http://127.0.0.1:9/x", "refused")):
+        with pytest.raises(ConnectionError, match=f"cannot download {address} .*{why}.*--data"):
+            cached_file(address, blob_id(BODY), offline=False)
+    with pytest.raises(ConnectionError, match=f"cannot download {data.URL}NexusRaven.json"):
+        load("nexusraven")
+    with pytest.raises(FileNotFoundError, match="offline.*apibank_l1.json is missing.*--data"):
+        load("apibank", offline=True)
 
 
-def test_a_closed_port_is_a_connection_error():
-    with pytest.raises(ConnectionError, match="cannot download"):
-        data.load("nexusraven")
-
-
-def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_named(url, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", write(tmp_path / "file", b""))
-    with pytest.raises(FileNotFoundError, match="cannot write.*XDG_CACHE_HOME"):
-        data.load("sealtool")
+    with pytest.raises(OSError, match="file/ttsi"):
+        cached_file(url, blob_id(BODY), offline=False)
 
 
 def test_the_users_files_come_first_and_are_not_checked(tmp_path, monkeypatch):
     own = write(tmp_path / "own" / "NexusRaven.json", [ITEM, ITEM])
     for path in (own, str(tmp_path / "own")):
-        assert [s.id for s in data.load("nexusraven", data=path)] == ["nexusraven-0", "nexusraven-1"]
+        assert [s.id for s in load("nexusraven", data=path)] == ["nexusraven-0", "nexusraven-1"]
     monkeypatch.setenv("TTSI_DATA", str(tmp_path / "own"))
-    assert len(data.load("nexusraven", offline=True)) == 2
-    with pytest.raises(FileNotFoundError, match="offline"):      # the folder lacks this one: on to the cache
-        data.load("sealtool", offline=True)
-    with pytest.raises(FileNotFoundError, match="no file .*sealtool.json"):
-        data.load("sealtool", data=str(tmp_path / "own"))
+    assert len(load("nexusraven", offline=True)) == 2
+    with pytest.raises(FileNotFoundError, match="offline"):     # the folder lacks it: to the cache
+        load("sealtool", offline=True)
+    with pytest.raises(FileNotFoundError, match="no file .*own.* sealtool.json"):
+        load("sealtool", data=str(tmp_path / "own"))
     for path in ("x" * 5000, "~nobody-of-this-name/x"):
         with pytest.raises(FileNotFoundError, match="no file"):
-            data.load("sealtool", data=path)
+            load("sealtool", data=path)
     monkeypatch.setenv("TTSI_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="TTSI_DATA=.*nowhere"):
-        data.load("sealtool")
+    with pytest.raises(FileNotFoundError, match="no file .*nowhere.*TTSI_DATA"):
+        load("sealtool")
 
 
 def test_unknown_and_unbundled_benchmarks_are_named():
     with pytest.raises(ValueError, match="unknown benchmark 'x'; choose one of toolalpaca"):
-        data.load("x")
+        load("x")
     with pytest.raises(FileNotFoundError, match="no bundled samples for apibank_l2.*--data"):
-        data.load("apibank_l2", bundled=True)
+        load("apibank_l2", bundled=True)
 
 
 def test_blob_id_is_gits():
-    assert data.blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
 
 
-# ---------------------------------------------------------------------------------------------- what a sample becomes
+# --- What a sample becomes ------------------------------------------------------------------------
 
 def test_a_plain_request_is_one_user_turn(tmp_path):
-    sample = loaded(tmp_path, ITEM)
-    assert sample == data.Sample("sealtool-0", ({"role": "user", "content": "q"},), (TOOL,), GOLD)
-    assert sample.without_answers().answers == ()
+    sample = loaded(tmp_path)
+    assert sample == Sample("sealtool-0", ({"role": "user", "content": "q"},), (TOOL,), GOLD)
+    assert sample.without_answers() == Sample("sealtool-0", sample.messages, (TOOL,))
 
 
 def test_sealtools_answers_and_required_list(tmp_path):
     tool = {"name": "f", "parameters": {"x": {"type": "str"}}, "required": ["x"]}
-    sample = loaded(tmp_path, ITEM | {"tools": [tool], "answers": [{"tool": "f", "parameters": {"x": "1"}}]})
+    sample = loaded(tmp_path, tools=[tool], answers=[{"tool": "f", "parameters": {"x": "1"}}])
     assert sample.answers == GOLD and sample.tools == (tool | {"description": ""},)
 
 
 def test_a_full_json_schema_is_flattened(tmp_path):
     schema = {"type": "object", "properties": TOOL["parameters"], "required": ["x"]}
-    assert loaded(tmp_path, ITEM | {"tools": [TOOL | {"parameters": schema}]}).tools == (TOOL | {"required": ["x"]},)
-    odd = {"type": {"type": "string"}, "properties": {"type": "string"}}        # parameters that bear these names
-    assert loaded(tmp_path, ITEM | {"tools": [TOOL | {"parameters": odd}]}).tools[0]["parameters"] == odd
+    assert loaded(tmp_path, tools=[TOOL | {"parameters": schema}]).tools \
+        == (TOOL | {"required": ["x"]},)
+    odd = {"type": {"type": "string"}, "properties": {"type": "string"}}    # parameters so named
+    assert loaded(tmp_path, tools=[TOOL | {"parameters": odd}]).tools[0]["parameters"] == odd
+
+
+@pytest.mark.parametrize("marked, required", [
+    (TOOL, set()), (TOOL | {"parameters": {"x": {}}, "required": ["x"]}, set()),
+    (TOOL | {"parameters": {"type": "object", "properties": {"x": {}}, "required": ["x"]}}, set()),
+    (TOOL | {"parameters": {"x": {}}}, {"y"})])
+def test_a_tool_without_marks_requires_nothing_beside_tools_with_marks(marked, required, tmp_path):
+    bare = {"name": "g", "description": "", "parameters": {"y": {"type": "string"}}}
+    for tools in ([marked, bare], [bare, marked]):
+        items = [ITEM | {"tools": [tools[0]]}, ITEM | {"tools": [tools[1]]}]    # of one file
+        samples = load("sealtool", data=write(tmp_path / "own.json", items))
+        by_name = {tool["name"]: tool for sample in samples for tool in sample.tools}
+        assert required_arguments(by_name["g"]) == required
+        assert required_arguments(by_name["f"]) == {"x"}
 
 
 def test_what_is_no_candidate_is_left_out(tmp_path):
-    tools = [TOOL | {"return": {}, "desc_for_search": "d"}, {"name": "components", "parameters": {}},
-             {"name": "note", "description": "no parameters at all"}, {"name": "g", "parameters": {}}]
-    kept = loaded(tmp_path, ITEM | {"tools": tools}).tools
+    tools = [TOOL | {"return": {}, "desc_for_search": "d"}, {"name": "note", "description": "-"},
+             {"name": "components", "parameters": {}}, {"name": "g", "parameters": {}}]
+    kept = loaded(tmp_path, tools=tools).tools
     assert [tool["name"] for tool in kept] == ["f", "g"] and kept[0] == TOOL
 
 
 def test_api_banks_turns(tmp_path):
-    turns = [("user", "a"), ("agent", "b"), ("assistant", '```[{"name": "f", "arguments": {"x": "1"}}]```'),
-             ("tool", "ok"), ("user", "c"), ("agent", "Sure.\nGenerate API Request:")]
-    query = [{"role": role, "content": content} for role, content in turns]
-    messages = loaded(tmp_path, ITEM | {"query": query}).messages
-    assert [m["role"] for m in messages] == ["user", "assistant", "assistant", "tool", "user", "assistant"]
-    assert messages[2] == {"role": "assistant", "content": "", "tool_calls": [ANSWER]}
+    query = turns(("user", "a"), ("agent", "b"), ("assistant", PAST),
+                  ("tool", "ok"), ("user", "c"), ("agent", "Sure.\nGenerate API Request:"))
+    messages = loaded(tmp_path, query=query).messages
+    roles = ["user", "assistant", "assistant", "user", "user", "assistant"]
+    assert [m["role"] for m in messages] == roles
+    assert messages[2] == {"role": "assistant", "content": data.call_text(GOLD)}
+    assert messages[3]["content"] == "<tool_response>\nok\n</tool_response>"
     assert messages[-1]["content"] == "Sure."
-    query[-1]["content"] = "Generate API Request:"
-    assert loaded(tmp_path, ITEM | {"query": query}).messages == messages[:-1]
-    assert data.call_prompt(loaded(tmp_path, ITEM | {"query": query[:4]}))[-1]["role"] == "user"
+    last = turns(("agent", "Generate API Request:"))
+    assert loaded(tmp_path, query=query[:-1] + last).messages == messages[:-1]
+    last = turns(("user", "Yes.\nGenerate API Request:"))           # of whichever role it is
+    assert loaded(tmp_path, query=query[:-1] + last).messages[-1]["content"] == "Yes."
 
 
-@pytest.mark.parametrize("content", ["```[1]```", "```[{]```", "plain", "```[]```", '```[{"name": "f"}]```'])
+def test_the_prompt_asks_in_the_last_turn_of_the_user(tmp_path):
+    query = turns(("user", "a"), ("agent", "b"))
+    plain = data.call_prompt(loaded(tmp_path))
+    assert [m["role"] for m in plain] == ["system", "user"] and json.dumps(TOOL) in str(plain[0])
+    assert plain[-1]["content"] == "q" + data.ASK_CALL
+    asked = data.call_prompt(loaded(tmp_path, query=query))
+    assert asked[-1] == {"role": "user", "content": data.ASK_CALL.strip()} and len(asked) == 4
+    result = data.call_prompt(loaded(tmp_path, query=query + turns(("tool", "ok"))))
+    assert result[-1] == asked[-1] and "ok" in result[-2]["content"]    # a tool asks for nothing
+
+
+@pytest.mark.parametrize("content", [
+    "```[1]```", "```[{]```", "plain", "```[]```", '```[{"name": "f"}]```',
+    f"I did {PAST}", PAST.strip("`")])
 def test_an_assistants_turn_that_is_no_list_of_calls_stays_text(content, tmp_path):
-    query = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", content), ("user", "b"))]
-    assert loaded(tmp_path, ITEM | {"query": query}).messages[1] == {"role": "assistant", "content": content}
+    query = turns(("user", "a"), ("assistant", content), ("user", "b"))
+    assert loaded(tmp_path, query=query).messages[1] == {"role": "assistant", "content": content}
 
 
 def test_text_beyond_ascii_and_a_byte_order_mark_are_kept(tmp_path):
     content = "\ufeff" + json.dumps([ITEM | {"query": "Zürich 😀"}], ensure_ascii=False)
-    samples = data.load("sealtool", data=write(tmp_path / "f", content.encode()))
+    samples = load("sealtool", data=write(tmp_path / "f", content.encode()))
     assert samples[0].messages[0]["content"] == "Zürich 😀"
+    assert "Zürich" in data.call_text([Call("f", {"x": "Zürich"})])
 
 
-# ---------------------------------------------------------------------------------------------------- what can be wrong
+def test_a_dialogue_becomes_one_line_with_its_speakers(tmp_path):
+    query = turns(("user", "Book it.\nPlease"), ("agent", "For when?"),
+                  ("assistant", PAST), ("tool", "ok"), ("user", "Monday"))
+    sample = loaded(tmp_path, query=query)
+    assert data.request_text(sample) == "User: Book it. Please Assistant: For when? User: Monday"
+    assert data.request_text(loaded(tmp_path, query=" a\n b ")) == "a b"
 
-def without(key: str) -> dict:
-    return {k: v for k, v in ITEM.items() if k != key}
+
+def test_a_sample_with_another_request_keeps_the_tools_and_no_label(tmp_path):
+    new = data.with_request(loaded(tmp_path, query=turns(("user", "a"), ("agent", "b"))), "new")
+    assert new == Sample("sealtool-0", ({"role": "user", "content": "new"},), (TOOL,))
 
 
-@pytest.mark.parametrize("item, message", [
-    (7, "item 1: not an object"),
-    (without("query"), "item 1: 'query' is missing"),
-    (without("tools"), "item 1: 'tools' is missing"),
-    (without("answers"), "item 1: 'answers' is missing"),
-    (ITEM | {"query": 7}, "item 1: 'query' is missing or of a wrong type"),
-    (ITEM | {"query": " "}, "item 1: the query is empty"),
-    (ITEM | {"query": []}, "item 1: the query is empty"),
-    (ITEM | {"query": [{"role": "alien", "content": ""}]}, "item 1: turn 0 of the query"),
-    (ITEM | {"query": [{"role": "user", "content": None}]}, "item 1: turn 0 of the query"),
-    (ITEM | {"tools": {}}, "item 1: 'tools' is missing or of a wrong type"),
-    (ITEM | {"tools": []}, "item 1: no tool that can be called"),
-    (ITEM | {"tools": ["f"]}, "item 1, tool 0: no name"),
-    (ITEM | {"tools": [TOOL, {"parameters": {}}]}, "item 1, tool 1: no name"),
-    (ITEM | {"tools": [TOOL | {"name": ["f"]}]}, "item 1, tool 0: no name"),
-    (ITEM | {"tools": [TOOL, TOOL]}, "item 1: two tools of one name among f, f"),
-    (ITEM | {"tools": [TOOL | {"parameters": []}]}, r"item 1, tool 0 \(f\): 'parameters' is not an object"),
-    (ITEM | {"tools": [TOOL | {"parameters": {"x": "string"}}]}, r"tool 0 \(f\): parameter 'x' is not an object"),
-    (ITEM | {"tools": [TOOL | {"parameters": {"type": "object", "properties": 7}}]}, "'properties' is not an object"),
-    (ITEM | {"tools": [TOOL | {"required": "x"}]}, "'required' is not a list of names"),
-    (ITEM | {"tools": [TOOL | {"description": 7}]}, "'description' is not a string"),
-    (ITEM | {"answers": {}}, "item 1: 'answers' is missing or of a wrong type"),
-    (ITEM | {"answers": ["f"]}, "item 1, answer 0: not an object"),
-    (ITEM | {"answers": [ANSWER, {"name": "f"}]}, "item 1, answer 1: neither"),
-    (ITEM | {"answers": [{"arguments": {}}]}, "item 1, answer 0: neither"),
-    (ITEM | {"answers": [{"name": "f", "arguments": "x"}]}, "item 1, answer 0: neither"),
-    (ITEM | {"query": "\ud800"}, "item 1: .*surrogates"),
-    (ITEM | {"answers": [{"name": "f", "arguments": {"x": float("nan")}}]}, "item 1: .*JSON"),
-])
-def test_a_faulty_item_is_named_with_its_file_and_index(item, message, tmp_path):
-    with pytest.raises(ValueError, match=rf"faulty\.json, .*{message.removeprefix('item 1')}.*--data") as error:
-        data.load("sealtool", data=write(tmp_path / "faulty.json", [ITEM, item]))
-    assert "faulty.json, item 1" in str(error.value)
+# --- What can be wrong ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes, message", [
+    ({"query": None}, ": 'query' is missing"), ({"tools": None}, ": 'tools' is missing"),
+    ({"answers": None}, ": 'answers' is missing"), ({"query": 7}, ": 'query' is .* wrong type"),
+    ({"query": " "}, ": the query is empty"), ({"query": []}, ": the query is empty"),
+    ({"query": turns(("alien", ""))}, ": turn 0 of the query"),
+    ({"query": turns(("user", None))}, ": turn 0 of the query"), ({"query": [7]}, ": turn 0 of"),
+    ({"tools": {}}, ": 'tools' is missing or of a wrong type"),
+    ({"tools": []}, ": no tool that can be called"), ({"tools": ["f"]}, ", tool 0: no name"),
+    ({"tools": [TOOL, {"parameters": {}}]}, ", tool 1: no name"),
+    ({"tools": [TOOL | {"name": ["f"]}]}, ", tool 0: no name"),
+    ({"tools": [TOOL, TOOL]}, ": two tools of one name among f, f"),
+    ({"tools": [TOOL | {"parameters": []}]}, r", tool 0 \(f\): 'parameters' is not an object"),
+    ({"tools": [TOOL | {"parameters": {"x": "string"}}]}, r"\(f\): parameter 'x' is not an object"),
+    ({"tools": [TOOL | {"parameters": {"type": "object", "properties": 7}}]}, "'properties' is no"),
+    ({"tools": [TOOL | {"required": "x"}]}, "'required' is not a list of names"),
+    ({"tools": [TOOL | {"required": [1]}]}, "'required' is not a list of names"),
+    ({"tools": [TOOL | {"description": 7}]}, "'description' is not a string"),
+    ({"answers": {}}, ": 'answers' is missing or of a wrong type"),
+    ({"answers": ["f"]}, ", answer 0: not an object"),
+    ({"answers": [ANSWER, {"name": "f"}]}, ", answer 1: neither"),
+    ({"answers": [{"arguments": {}}]}, ", answer 0: neither"),
+    ({"answers": [{"name": "f", "arguments": "x"}]}, ", answer 0: neither"),
+    ({"query": "\ud800"}, ": .*surrogates"),
+    ({"answers": [{"name": "f", "arguments": {"x": float("nan")}}]}, ": .*JSON")])
+def test_a_faulty_item_is_named_with_its_file_and_index(changes, message, tmp_path):
+    item = {key: value for key, value in (ITEM | changes).items() if value is not None}
+    with pytest.raises(ValueError, match=rf"faulty\.json, item 1.*{message}.*--data"):
+        load("sealtool", data=write(tmp_path / "faulty.json", [ITEM, item]))
 
 
 @pytest.mark.parametrize("content, message", [
-    (b'[\n{"query": "q",\n}]', "line 3: not JSON"),
-    (b"", "line 1: not JSON"),
-    (b"{}", "not a list of samples"),
-    (b"[]", "not a list of samples, or an empty one"),
-    (b"\xff[]", "cannot be stored as JSON .*utf-8"),
-    (b"[" * 200_000, "cannot be stored as JSON .*recursion"),
-    (b"[" + b"9" * 5000 + b"]", "cannot be stored as JSON .*digits"),
-])
+    (b"[7]", "item 0: not an object"), (b'[\n{"query": "q",\n}]', "as JSON .*line 3"),
+    (b"", "as JSON .*line 1"), (b"{}", "not a list of samples"), (b"[]", ", or an empty one"),
+    (b"\xff[]", "read and written as JSON .*utf-8"),
+    (b"[" * 200_000, "read and written as JSON .*recursion"),
+    (b"[" + b"9" * 5000 + b"]", "read and written as JSON .*digits")])
 def test_a_faulty_file_is_named(content, message, tmp_path):
     with pytest.raises(ValueError, match=rf"faulty\.json.*{message}.*--data"):
-        data.load("sealtool", data=write(tmp_path / "faulty.json", content))
-
-
-def test_a_file_too_large_is_not_read(tmp_path):
-    path = tmp_path / "large.json"
-    with open(path, "wb") as file:
-        file.truncate(data.MAX_BYTES + 1)           # sparse: takes no space
-    with pytest.raises(ValueError, match="larger than .*--data"):
-        data.load("sealtool", data=str(path))
+        load("sealtool", data=write(tmp_path / "faulty.json", content))
