@@ -64,7 +64,7 @@ def _reason(predicted: list[tuple[str, frozenset]], gold: list[tuple[str, frozen
 def exact_match(text: str, sample: Sample) -> Verdict:
     """The verdict on any text: `exact_match("no idea", sample).reason -> "unparsable"`."""
     parsed = parse_calls(text)
-    if not parsed.calls and (sample.answers or text.strip()):   # no gold calls: only "" is exact
+    if parsed.recovery == "unparsable" or not parsed.calls and sample.answers:
         return Verdict(text, exact=False, reason="unparsable", strict=False, parsed=False,
                        recovery=parsed.recovery, name_correct=False, name_f1=0.0, argument_f1=0.0)
     def keys(calls): return [call_key(call, sample.tools) for call in calls]

@@ -280,7 +280,9 @@ def adapt(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Le
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError)
+    """Also where cuBLAS cannot get its workspace, which torch reports in another way."""
+    return (isinstance(error, torch.OutOfMemoryError)
+            or "CUBLAS_STATUS_ALLOC_FAILED" in str(error))
 
 
 # ------------------------------------------------------------------------------------ Algorithm 1

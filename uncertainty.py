@@ -6,6 +6,7 @@ difference: large when the model is sure. All candidates share one cached prompt
 """
 from collections import OrderedDict
 from collections.abc import Sequence
+from os.path import commonprefix
 
 import torch
 
@@ -45,10 +46,14 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
     # ours: the end of the name belongs to the action (else `get` wins over `get_user`, being its
     # beginning), as the sum over all tokens that begin with a quotation mark. Which one of them
     # it is (`"`, `",`, ...) depends on what the model means to write after it.
-    start = [*last, *tokenizer.encode(ANSWER_START)]
-    tokens = [tokenizer.encode(name) for name in names]
+    # A name that begins in punctuation joins the quotation mark before it into one token, so the
+    # two are encoded together; what all have in common of ANSWER_START is read once.
+    whole = [tokenizer.encode(ANSWER_START + name) for name in names]
+    shared = len(commonprefix([tokenizer.encode(ANSWER_START), *whole]))
+    tokens = [ids[shared:] for ids in whole]
     cache = cache.fork()
-    before = model(torch.tensor([start], device=model.device), cache)[:, -1:]       # (1, 1, D)
+    start = torch.tensor([[*last, *whole[0][:shared]]], device=model.device)
+    before = model(start, cache)[:, -1:]                                            # (1, 1, D)
     hidden = model(pad(tokens, model.device), cache.fork(len(names)))               # (N, T, D)
     hidden = torch.cat((before.expand(len(names), 1, -1), hidden), dim=1)
     scores = []

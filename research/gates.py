@@ -147,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = assess_all(agent, samples, config, kept)
     through = let_through(lines, samples, config, agent.tokenizer)
     code = train.run(agent, samples, config, kept, partial(improve, through=through))
-    mark(Path(config.out), through)
+    if (Path(config.out) / "records.jsonl").is_file():      # else another process is not done yet
+        mark(Path(config.out), through)
     return code
 
 

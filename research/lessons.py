@@ -21,13 +21,13 @@ import torch.nn.functional as F
 import augment
 import data
 import train
-from augment import LABELS, Draft, Found, Label, Pair, Writer, check_text, majority, sample_labels
-from augment import label_drafts, synthesize
+from augment import (LABELS, Draft, Found, Label, Pair, Writer, check_text, label_drafts, majority,
+                     sample_labels, synthesize)
 from data import Sample, call_prompt, call_text, request_text
 from data.calls import Call, calls_key, parse_calls
 from lora import Params, adapters, new_params
 from model import seeded
-from research.stream import adapt_with
+from research.stream import adapt_with, one_by_one
 from train import Adapted, Agent, Assessed, Kept, Lesson, Outcome, Stage, option
 
 KL_TOKENS = 256         # the last of a request, over which the KL is taken
@@ -36,8 +36,8 @@ KL_TOKENS = 256         # the last of a request, over which the KL is taken
 @dataclass(frozen=True)
 class LessonConfig(train.Config):
     """train.py's options, and those of the lessons."""
-    lesson: str = option("self", "G", "whose pairs are learnt: the sample's own; unrelated: another "
-                         "sample's; gold: its own request and gold calls (uses labels)",
+    lesson: str = option("self", "G", "whose pairs are learnt: the sample's own; unrelated: "
+                         "another sample's; gold: its own request and gold calls (uses labels)",
                          "self", "unrelated", "gold")
     filter: str = option("schema", "G", "a written pair is kept if: none: there is any answer; "
                          "schema (the default of train.py): it fits the tools; consistent: more "
@@ -168,7 +168,7 @@ def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept:
     g_stage, t_stage = stages(config)
     h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
     unsure = [x for x in samples if h[x.id].margin < config.tau]
-    about = {x.id: x for x in unsure}               # the sample that another's pairs are written for
+    about = {x.id: x for x in unsure}               # whom each one's pairs are written for
     if config.lesson == "unrelated":
         about = {x.id: another(x, everyone, config.seed) for x in unsure}
     if config.lesson == "gold":
@@ -183,7 +183,7 @@ def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept:
 
     def learn(xs: list[Sample]) -> list[Adapted]:
         if config.measure_kl:
-            return [adapt_and_measure(agent, x, lessons[x.id], config) for x in xs]
+            return one_by_one(xs, lambda x: adapt_and_measure(agent, x, lessons[x.id], config))
         return train.adapt(agent, xs, [lessons[x.id] for x in xs], config)
     t = kept(t_stage, [x for x in unsure if lessons[x.id]], learn)
     extra = {x.id: {"kl": t[x.id].kl} for x in unsure
@@ -194,7 +194,7 @@ def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept:
 def benchmark(config: train.Config) -> list[Sample]:
     """All samples of the benchmark, those beyond --limit too."""
     bundled = config.data == "bundled"
-    return data.load(config.bench, None if bundled else config.data or None, config.offline, bundled)
+    return data.load(config.bench, "" if bundled else config.data, config.offline, bundled)
 
 
 @train.exit_codes
@@ -203,11 +203,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = train.choose(train.parse_args(argv, LessonConfig, __doc__))
     config = replace(config, uses_labels=config.lesson == "gold")
     agent, samples = train.set_up(config)
-    everyone, gold = [sample.without_answers() for sample in benchmark(config)], {}
+    labelled, gold = benchmark(config), {}
+    everyone = [sample.without_answers() for sample in labelled]
     if config.lesson == "unrelated" and len(everyone) < 2:
         raise ValueError("--lesson unrelated: there is no other sample")
     if config.lesson == "gold":
-        gold = {sample.id: sample.answers for sample in samples}
+        gold = {sample.id: sample.answers for sample in labelled}
         agent.facts["labels"] = hashlib.sha256(repr(gold).encode()).hexdigest()
     kept = Kept(config, agent.facts)
     return train.run(agent, samples, config, kept, partial(improve, everyone=everyone, gold=gold))

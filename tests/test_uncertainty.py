@@ -70,9 +70,8 @@ def test_scores_equal_a_full_pass_for_each_candidate(names, model, tokenizer, pr
     assert len(names) == 1 or expected.std() > 0.01         # else any mix-up of the names passes
 
 
-@pytest.mark.xfail(strict=False, reason="a name is encoded apart from what stands before it")
 def test_a_name_that_begins_with_punctuation_is_read_as_it_is_written(model, tokenizer, prompt):
-    """Up to what all scores have in common, for ` "` belongs to the first token of "-x"."""
+    """Up to what all scores have in common: a quotation mark belongs to the first token of "-x"."""
     names = ["-x", "get_weather", "user"]
     start = tokenizer.encode(ANSWER_START)
     assert tokenizer.encode(ANSWER_START + "-x")[:len(start)] != start

@@ -1,0 +1,84 @@
+"""Does the order of the tools change what the model is sure of? The passes of mutual information.
+
+    python -m research.orders --orders 4 --method base --bench toolalpaca
+    python -m research.scores runs/toolalpaca-tiny-base-orders=4-s0
+
+It scores each sample's candidates under several orders of its tools, the sample's own first, and
+puts the l_n into a record's extra["orders"], from which research/scores.py makes mutual information
+(BALD: Houlsby et al. 2011). The answer stands in research/RESULTS.md, "Which uncertainty?".
+"""
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+import train
+from data import Sample, call_prompt
+from model import seeded
+from train import Agent, Kept, Outcome, Stage, option
+from uncertainty import score_candidates
+
+
+@dataclass(frozen=True)
+class OrdersConfig(train.Config):
+    """train.py's options, and how many orders there are."""
+    orders: int = option(0, "H", "orders of the tools that are scored (4 is usual)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.orders < 2 or self.method != "base":
+            raise ValueError("--orders must be 2 or more, and --method base")
+
+
+@dataclass
+class Ordered:
+    """The candidates' scores of one sample under M orders."""
+    id: str
+    orders: list[list[float]]           # (M, N) l_n, nats, in the order of the sample's own tools
+    seconds: float = 0.0
+
+
+def reorder(agent: Agent, samples: Sequence[Sample], config: OrdersConfig) -> list[Ordered]:
+    """l_n under up to --orders different orders. Lists of one length are shuffled alike, so equal
+    ones share their caches."""
+    lines = []
+    for sample in samples:
+        n, rows, seen = len(sample.tools), [], []
+        draw, order = seeded(config.seed, "order", n), list(range(n))
+        while len(seen) < min(config.orders, math.factorial(n)):
+            if order not in seen:
+                seen.append(order)
+                shuffled = replace(sample, tools=tuple(sample.tools[i] for i in order))
+                head, rest = agent.tokenizer.split_chat(call_prompt(shuffled))
+                names = [tool["name"] for tool in shuffled.tools]
+                l = score_candidates(agent.model, agent.tokenizer, agent.prefixes.read(head), rest,
+                                     names)
+                rows.append(l[torch.tensor(order).argsort()].tolist())
+            order = torch.randperm(n, generator=draw).tolist()
+        lines.append(Ordered(sample.id, rows))
+    return lines
+
+
+ORDERS = Stage("orders", Ordered, ("orders", "seed"), (reorder,), train.H)
+
+
+def improve(agent: Agent, samples: Sequence[Sample], config: OrdersConfig,
+            kept: Kept) -> list[Outcome]:
+    """H, and its scores again under other orders."""
+    h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
+    o = kept(ORDERS, samples, lambda xs: reorder(agent, xs, config))
+    return [Outcome(h[x.id], extra={"orders": o[x.id].orders}) for x in samples]
+
+
+@train.exit_codes
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; gives its exit code."""
+    config = train.choose(train.parse_args(argv, OrdersConfig, __doc__))
+    agent, samples = train.set_up(config)
+    return train.run(agent, samples, config, Kept(config, agent.facts), improve)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""What an adapter is given to learn, and where a label may go."""
+import json
+from dataclasses import replace
+
+import pytest
+
+import train
+from augment import Found, Pair, label_drafts, synthesize
+from data import Sample, call_prompt, call_text
+from data.calls import Call
+from evaluate import read_run
+from lora import new_params
+from model import Tokenizer, load_model, seeded
+from research import lessons
+from research.lessons import FILTERS, LessonConfig, another, divergence, in_form_of, stages
+from train import Agent, Kept, PrefixCaches
+
+ONE, TWO, MISFIT = "f(x=1)", '{"name": "f", "arguments": {"x": 2}}', "f(y=1)"
+
+
+def sample(i) -> Sample:
+    tool = {"name": "f", "description": f"{i}", "parameters": {"x": {"type": "integer"}}}
+    return Sample(f"toolalpaca-{i}", ({"role": "user", "content": f"Do {i}."},), (tool,))
+
+
+SAMPLES = [sample(i) for i in range(3)]
+CONFIG = LessonConfig(model="small", tau=1.0, max_new_tokens=6, epochs=2, lr=1e-2)
+FACTS = {"samples": "", "weights": "", "writer": "", "labels": ""}
+
+
+@pytest.fixture
+def agent(checkpoint):
+    model = load_model(checkpoint)
+    return Agent(model, Tokenizer(checkpoint), PrefixCaches(model), None, FACTS, 1)
+
+
+def improve(agent, folder, pairs=(), gold=None, **options):
+    """Outcomes where these are the pairs of samples 0, 1 and 2, which the model is unsure of."""
+    config = replace(CONFIG, out=str(folder / "run"), **options)
+    kept = Kept(config, FACTS)
+    kept(train.H, SAMPLES, lambda xs: [train.Assessed(
+        id=x.id, request="", candidates={}, margin=0.0, text="f()", ids=[], log_p=[], entropy=[],
+        prompt_tokens=9) for x in xs])
+    if pairs:
+        kept(stages(config)[0], SAMPLES, lambda xs: [Found(x.id, p) for x, p in zip(xs, pairs)])
+    return lessons.improve(agent, SAMPLES, config, kept, SAMPLES, gold or {})
+
+
+# -------------------------------------------------------------------------------------- the filters
+
+def found(filter, *calls, rest="", pair="request") -> Found:
+    """What a writer leads to who writes a new request, then `rest`, and answers it with `calls`."""
+    def writer(prompts, limit, temperature, top_p, keys):
+        texts = {"pair": [f'New."\n{rest}'], "label": list(calls)}
+        return [texts[own[0][2]][:len(own)] for own in keys]
+    return synthesize(writer, SAMPLES[:1], replace(CONFIG, pair=pair), FILTERS[filter])[0]
+
+
+def test_none_keeps_whatever_is_written_first():
+    assert [p.text for p in found("none", MISFIT, ONE, ONE, ONE, ONE).pairs] == [MISFIT]
+    assert [p.text for p in found("none", rest="no call", pair="joint").pairs] == ["no call"]
+    assert found("none", rest="", pair="joint").pairs == []
+
+
+def test_schema_is_the_cores_own():
+    assert FILTERS["schema"] is label_drafts
+    assert found("schema", MISFIT, ONE, ONE, TWO, MISFIT).pairs[0].text == ONE      # 2 of 5
+
+
+def test_consistent_needs_more_than_half():
+    assert found("consistent", ONE, ONE, TWO, TWO, MISFIT).pairs == []
+    pair, = found("consistent", MISFIT, ONE, TWO, ONE, ONE).pairs
+    assert (pair.text, pair.votes) == (ONE, 3)
+
+
+def test_consistent_joint_keeps_what_was_written_if_the_majority_calls_the_same():
+    votes = (TWO, TWO, TWO, ONE, ONE)
+    assert found("consistent", *votes, rest="f(x=2)", pair="joint").pairs[0].text == "f(x=2)"
+    other = found("consistent", *votes, rest=ONE, pair="joint")
+    assert other.pairs == [] and other.rejected[0].reason == "the majority calls something else"
+
+
+def test_what_differs_is_kept_apart_and_what_the_core_does_is_shared():
+    def key(**options):
+        config = replace(CONFIG, **options)
+        return str([stage.key({**vars(config), **FACTS}) for stage in stages(config)])
+    assert stages(CONFIG) == (train.G, train.T)
+    ways = [{}, {"filter": "none"}, {"filter": "consistent"}, {"lesson": "unrelated"},
+            {"lesson": "unrelated", "seed": 1}, {"lesson": "gold"}, {"measure_kl": True}]
+    assert len({key(**way) for way in ways}) == len(ways)
+
+
+# -------------------------------------------------------------------------------------- the lessons
+
+def test_unrelated_learns_the_pairs_of_another_sample_with_its_tools(agent, tmp_path):
+    pairs = [[Pair(f"like {i}", "an answer")] for i in range(3)]
+    outcomes = improve(agent, tmp_path, pairs, lesson="unrelated")
+    for x, outcome in zip(SAMPLES, outcomes):
+        other = another(x, SAMPLES, CONFIG.seed)
+        lesson = train.lessons_of(other, Found("", pairs[SAMPLES.index(other)]))
+        assert other != x and outcome.g.pairs == pairs[SAMPLES.index(other)]
+        assert outcome.t.losses == train.adapt(agent, [x], [lesson], CONFIG)[0].losses
+    drawn = {another(SAMPLES[0], SAMPLES, seed).id for seed in range(20)}
+    assert drawn == {SAMPLES[1].id, SAMPLES[2].id}
+
+
+def test_gold_is_the_samples_own_request_with_its_calls_as_the_model_writes(agent, tmp_path):
+    calls = (Call("f", {"x": "<tool_call>"}), Call("g", {}))
+    plain = '{"name": "f", "arguments": {"x": "<tool_call>"}}\n{"name": "g", "arguments": {}}'
+    assert in_form_of("<tool_call>\n{}", calls) == call_text(calls)
+    assert in_form_of('{"name": "f"}', calls) == plain
+    for x, outcome in zip(SAMPLES, improve(agent, tmp_path, gold=dict.fromkeys(
+            [x.id for x in SAMPLES], calls), lesson="gold")):
+        lesson = [(call_prompt(x), plain)]
+        assert outcome.t.losses == train.adapt(agent, [x], [lesson], CONFIG)[0].losses
+
+
+def test_the_program_hands_labels_over_for_gold_alone_and_says_so(checkpoint, tmp_path, capsys):
+    gold = [{"name": "f", "arguments": {}}]
+    item = {"query": "Do it.", "tools": SAMPLES[0].tools, "answers": gold}
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([item, item]))
+    flags = ["--bench", "toolalpaca", "--model", str(checkpoint), "--data", str(path),
+             "--device", "cpu", "--max-new-tokens", "4", "--limit", "1"]
+    for lesson in ("unrelated", "gold"):
+        assert lessons.main([*flags, "--out", str(tmp_path / lesson), "--lesson", lesson]) == 0
+        assert read_run(tmp_path / lesson).config["uses_labels"] == (lesson == "gold")
+    assert lessons.main([*flags, "--method", "base"]) == 2
+    assert lessons.main([*flags, "--method", "ttd", "--teacher", "tiny", "--lesson", "gold"]) == 2
+    assert capsys.readouterr().err.count("--method") == 2
+
+
+# ------------------------------------------------------------------------------------------- the KL
+
+@pytest.mark.parametrize("adapt", ["full", "suffix"])
+def test_the_kl_is_0_before_training_and_grows_with_it(agent, tmp_path, adapt):
+    fresh = new_params(agent.model, CONFIG.rank, [seeded("a")])
+    assert abs(divergence(agent, SAMPLES[0], fresh, replace(CONFIG, adapt=adapt))) < 1e-6
+    pairs = [[Pair("a request", "an answer")], [], []]
+    near, far = [improve(agent, tmp_path / str(lr), pairs, measure_kl=True, adapt=adapt, lr=lr)
+                 for lr in (1e-3, 1e-1)]
+    assert 0 < 10 * near[0].extra["kl"] < far[0].extra["kl"]
+    assert near[1].extra == {}                                      # nothing was learnt
+    plain = improve(agent, tmp_path / "plain", pairs, adapt=adapt, lr=1e-3)
+    assert (plain[0].t.text, plain[0].t.losses) == (near[0].t.text, near[0].t.losses)
