@@ -44,8 +44,9 @@ class ModelConfig:
         """Read config.json; ValueError if it describes what this file does not implement."""
         raw = read_json(folder / "config.json")
         raw = {**(raw.get("rope_parameters") or {}), **raw}     # newer files keep rope_theta there
-        for key, known in (("model_type", "qwen2"), ("hidden_act", "silu"), ("rope_scaling", None),
-                           ("rope_type", "default"), ("use_sliding_window", False)):
+        implemented = {"model_type": "qwen2", "hidden_act": "silu", "rope_scaling": None,
+                       "rope_type": "default", "use_sliding_window": False}
+        for key, known in implemented.items():
             if raw.get(key, known) != known:
                 raise ValueError(f"{folder}: config.json says {key} {raw[key]!r}, and only "
                                  f"{known!r} is implemented: pass a Qwen2.5 checkpoint")
@@ -244,16 +245,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Trunk(nn.Module):
-    """Embedding, blocks and the last norm, under the checkpoint's prefix `model.`."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class Qwen2(nn.Module):
     """The language model. A pass gives hidden states; `logits` is for those that are read."""
 
@@ -261,8 +252,12 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False      # in training keep but each block's input (Chen et al. 2016)
-        self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = nn.ModuleDict({        # the checkpoint's prefix
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        place = "meta" if config.tie_word_embeddings else None      # it then has no weights
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=place)
         self.tie()
 
     def tie(self) -> None:

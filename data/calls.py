@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 
 MAX_CHARS = 1 << 14     # the longest gold answer has some 300 characters; longer than this is none
@@ -39,10 +39,13 @@ _UNREADABLE = (SyntaxError, TypeError, ValueError)
 _STRING = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)""", re.S)
 _TOKEN = re.compile(_STRING.pattern + r"|[][{}()]", re.S)
 _OPENING = re.compile(r"[{\[]")
-_FORM = re.compile(r"(?:<tool_call>\s*\{\s*</tool_call>\s*)+")
+_BLOCKS = re.compile(r"(?:<tool_call>\s*\{\s*</tool_call>\s*)+")     # "{" for each call
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?"   # JSON's: "007" is a text
 _CODE = re.compile(r"(?:[\s,:=\[\]{}()]|[^\W\d]\w*(?=\s*[=(])|\$(?!\$)|"
                    rf"(?:True|False|None|{_NUMBER})(?!\w))*")
+_KEYS = {"name": "name", "tool": "name", "function": "name",
+         "arguments": "arguments", "parameters": "arguments", "args": "arguments"}
+_BEGUN = re.compile(rf"""\{{\s*['"](?:{"|".join(_KEYS)})['"]""")
 
 
 def _outermost(text: str) -> tuple[list[str], str]:
@@ -74,8 +77,8 @@ def _checked(code: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """`value` as JSON gives it back; raises TypeError or ValueError for what JSON or UTF-8 cannot
-    hold (a set, NaN, a lone surrogate), as no record or prompt could hold it."""
+    """`value` as JSON gives it back; raises for what JSON or UTF-8 cannot hold (NaN, half a
+    surrogate pair), as no record or prompt could hold it."""
     return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode().decode())
 
 
@@ -90,76 +93,21 @@ def _read(text: str) -> tuple[object, str]:
     return None, ""
 
 
-_KEYS = {"name": "name", "tool": "name", "function": "name",
-         "arguments": "arguments", "parameters": "arguments", "args": "arguments"}
-_BEGUN = re.compile(rf"""\{{\s*['"](?:{"|".join(_KEYS)})['"]""")
-
-
-def _as_call(value: object) -> tuple[Call, str]:
-    """The call that an object holds, and what was forgiven; ValueError if it holds anything else.
-
-    A call has a name and arguments, under these or other usual keys, and at most an id and a type.
-    """
+def _as_call(value: object) -> Call:
+    """The call that an object holds: a name and arguments, under these or other usual keys, and at
+    most an id and a type; ValueError for anything else."""
     if not isinstance(value, dict):
         raise ValueError("not an object")
-    forgiven = "" if value.keys() == {"name", "arguments"} else "other keys"
     if isinstance(value.get("function"), dict) and value.keys() <= {"id", "type", "function"}:
         value = value["function"]                   # OpenAI's {"type": "function", "function": {}}
-    parts = [(_KEYS.get(key), part) for key, part in value.items() if key not in ("id", "type")]
-    if Counter(key for key, _ in parts) != {"name": 1, "arguments": 1}:
-        raise ValueError("not a name and arguments")
-    name, arguments = dict(parts)["name"], dict(parts)["arguments"]
+    keys = value.keys() - {"id", "type"}
+    parts = {_KEYS.get(key): value[key] for key in keys}
+    name, arguments = parts.get("name"), parts.get("arguments")
     if isinstance(arguments, str):
-        arguments, forgiven = _read(arguments)[0], forgiven or "arguments as text"
-    if not (isinstance(name, str) and name and isinstance(arguments, dict)):
-        raise ValueError("not a call")
-    return Call(name, arguments), forgiven
-
-
-def _container(text: str, around: str) -> str:
-    """What stands around the values of a text, as a recovery; "" for <tool_call> blocks alone."""
-    if _FORM.fullmatch(around):
-        return ""
-    if "```" in around:
-        return "fenced code"
-    if around.rfind("<tool_call>") > around.rfind("</tool_call>"):
-        return "unclosed block"
-    if " ".join(map(str.strip, around.split("{"))).strip(" ,;"):
-        return "surrounding text"
-    if around.count("{") > 1:
-        return "several objects"
-    return "bare list" if text.startswith("[") else "bare object"
-
-
-def _json_calls(text: str) -> tuple[list[Call], str]:
-    """The calls of a text, and what was forgiven; ValueError if an object or a list is no call."""
-    values, around = _outermost(text)
-    calls, forgiven = [], [_container(text, around)]
-    for value, how in map(_read, values):
-        listed = isinstance(value, list)
-        forgiven += [how, "list" if listed else ""]
-        for item in value if listed else [value]:
-            call, what = _as_call(item)
-            calls.append(call)
-            forgiven.append(what)
-    return calls, next(filter(None, forgiven), "")
-
-
-def _block_calls(text: str) -> tuple[list[Call], str]:
-    """The calls in closed <tool_call> blocks, whatever brackets the prose beside them has;
-    ValueError if a block holds none or stays open, or a call begins in the prose."""
-    calls = []
-    prose, *parts = text.split("<tool_call>")
-    for part in parts:
-        body, closing, after = part.partition("</tool_call>")
-        found = parse_calls(body).calls
-        if not found or not closing:
-            raise ValueError("a block without a call")
-        calls += found
-        prose += after
-    if _BEGUN.search(prose):
-        raise ValueError("a call outside the blocks")
-    return calls, "surrounding text"
+        arguments = _read(arguments)[0]
+    if len(keys) != 2 or not (name and isinstance(name, str) and isinstance(arguments, dict)):
+        raise ValueError("not a name and arguments")
+    return Call(name, arguments)
 
 
 def _python_calls(text: str) -> tuple[list[Call], str]:
@@ -177,14 +125,43 @@ def _python_calls(text: str) -> tuple[list[Call], str]:
     return calls, "python notation"
 
 
+def _json_calls(text: str) -> tuple[list[Call], str]:
+    """The calls of a text; ValueError if any of its objects and lists is none."""
+    values, around = _outermost(text)
+    calls, recovery = [], "" if _BLOCKS.fullmatch(around) else "not only blocks"
+    for value, how in map(_read, values):
+        found = [_as_call(item) for item in (value if isinstance(value, list) else [value])]
+        if [asdict(call) for call in found] != [value]:
+            how = "other JSON"
+        recovery = recovery or how
+        calls += found
+    return calls, recovery
+
+
+def _block_calls(text: str) -> tuple[list[Call], str]:
+    """The calls in closed <tool_call> blocks, whatever brackets the prose beside them has;
+    ValueError if a block holds none or stays open, or a call begins in the prose."""
+    calls = []
+    prose, *parts = text.split("<tool_call>")
+    for part in parts:
+        body, closing, after = part.partition("</tool_call>")
+        found = parse_calls(body).calls
+        if not found or not closing:
+            raise ValueError("a block without a call")
+        calls += found
+        prose += after
+    if _BEGUN.search(prose):
+        raise ValueError("a call outside the blocks")
+    return calls, "not only blocks"
+
+
 def parse_calls(text: str) -> Parsed:
     """The calls in a model's answer. It never raises, and takes time linear in the text's length.
 
     Strict is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
-    times, and nothing else. Recoveries: "fenced code", "unclosed block", "surrounding text",
-    "several objects", "bare list", "bare object", "list" (in a block), "other keys", "arguments as
-    text", "python notation". An empty text (strict) and "[]" (a bare list) say that no call is
-    needed. Any other text without calls is "unparsable": it says nothing, so it is never right.
+    times, and nothing else. Recoveries: "not only blocks" (prose, fenced code, bare JSON), "other
+    JSON" (a list, other keys, arguments as text), "python notation". An empty text (strict) and
+    "[]" say that no call is needed. Any other text without calls is "unparsable": never right.
 
     `parse_calls('f(a=1)') -> Parsed((Call("f", {"a": 1}),), False, "python notation")`
     """
@@ -192,7 +169,7 @@ def parse_calls(text: str) -> Parsed:
     # unparsable.
     text = text.strip()
     if re.fullmatch(r"(?:\[\s*\])?", text):
-        return Parsed((), text == "", "bare list" if text else "")
+        return Parsed((), text == "", "not only blocks" if text else "")
     # Python notation comes first: in f(user={"name": ..., "arguments": ...}), the call is of f.
     readers = (_python_calls, _json_calls, _block_calls)
     for read in readers if len(text) <= MAX_CHARS else ():
@@ -226,10 +203,10 @@ def _items(schema: dict) -> dict:
 
 def marked_arguments(tool: dict) -> frozenset[str] | None:
     """The arguments marked as required, each or in a list beside; None if the tool has no marks."""
-    parameters = tool.get("parameters") or {}
+    parameters = tool.get("parameters", {})
     if "required" not in tool and not any("required" in p for p in parameters.values()):
         return None
-    listed = tool.get("required") or ()
+    listed = tool.get("required", ())
     return frozenset(n for n, p in parameters.items() if p.get("required") is True or n in listed)
 
 
@@ -241,8 +218,7 @@ def required_arguments(tool: dict) -> frozenset[str]:
     # ours: a tool that marks nothing requires each parameter that has no default and does not begin
     # its description with "[Optional]". API-Bank's tools mark nothing, and of 258 gold calls of
     # theirs 248 give every parameter (561 of 575 values).
-    parameters = tool.get("parameters") or {}
-    return frozenset(name for name, schema in parameters.items() if "default" not in schema
+    return frozenset(name for name, schema in tool["parameters"].items() if "default" not in schema
                      and not str(schema.get("description")).startswith("[Optional]"))
 
 
@@ -253,36 +229,29 @@ def _is_empty(value: object) -> bool:
 def _given(call: Call, tool: dict) -> dict:
     """The arguments that a call gives: "" and null mean absent, except for an argument that the
     tool marks as required or does not have."""
-    parameters, marked = tool.get("parameters") or {}, marked_arguments(tool) or ()
+    optional = tool.get("parameters", {}).keys() - (marked_arguments(tool) or ())
     return {name: value for name, value in call.arguments.items()
-            if not _is_empty(value) or name in marked or name not in parameters}
-
-
-def _fits(value: object, schema: dict) -> bool:
-    """Whether a value means one of the declared type, as the text "5" does for an integer. Null
-    fits any type: gold calls of NexusRaven give it for required arguments."""
-    kind, (found, content) = _kind(schema), value_key(value, schema)
-    if kind == "integer" and found == "number":
-        return content == content.to_integral_value()
-    return kind in ("", found) or value is None
+            if not _is_empty(value) or name not in optional}
 
 
 def check_call(call: Call, tools: Sequence[dict]) -> str:
     """What is wrong with a call by its tool's schema; "" if nothing: "unknown tool", "missing
-    argument: x", "unknown argument: x" or "wrong type: x". What is absent and what a value means
-    are as in `call_key`."""
+    argument: x", "unknown argument: x" or "wrong type: x"."""
     tool = next((tool for tool in tools if tool["name"] == call.name), None)
     if tool is None:
         return "unknown tool"
-    parameters, required = tool.get("parameters") or {}, required_arguments(tool)
-    given = _given(call, tool)
+    parameters, required, given = tool["parameters"], required_arguments(tool), _given(call, tool)
     for name in parameters:
         if name in required and name not in given:
             return f"missing argument: {name}"
     for name, value in given.items():
         if name not in parameters:
             return f"unknown argument: {name:.40}"
-        if not _fits(value, parameters[name]):
+        kind, (found, content) = _kind(parameters[name]), value_key(value, parameters[name])
+        if kind == "integer" and found == "number" and content == content.to_integral_value():
+            continue
+        # Null fits any type: gold calls of NexusRaven give it for required arguments.
+        if kind not in ("", found) and value is not None:
             return f"wrong type: {name}"
     return ""
 
@@ -306,8 +275,7 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
     """What a value means under its schema: ("number", Decimal("5")) for 5, 5.0 and "5".
 
     Where a string is declared, a number or boolean is read as its JSON text. Where no type is, as
-    inside an object, a text that is a number or boolean is read as one. A list's items are read by
-    what the schema says of them. Booleans are never numbers.
+    inside an object, a text that is a number or boolean is read as one. Booleans are never numbers.
     """
     kind = _kind(schema)
     if isinstance(value, str):
@@ -330,12 +298,9 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
 
 def call_key(call: Call, tools: Sequence[dict]) -> tuple[str, frozenset]:
     """What a call means: its name and the set of (argument, value key), with declared defaults.
-
-    "" and null mean absent for an argument that the tool has and does not mark as required. What
-    no schema describes has values of unknown type.
-    """
+    What no schema describes has values of unknown type."""
     tool = next((tool for tool in tools if tool["name"] == call.name), {})
-    parameters = tool.get("parameters") or {}
+    parameters = tool.get("parameters", {})
     defaults = {name: schema.get("default") for name, schema in parameters.items()}
     values = {name: value for name, value in defaults.items() if not _is_empty(value)}
     values |= _given(call, tool)

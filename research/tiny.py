@@ -32,7 +32,7 @@ from augment import ASK_PAIR, ASK_REQUEST, PAIR_START
 from data import (ASK_CALL, SYSTEM, call_prompt, call_text, parse_sample, request_text,
                   system_message)
 from data.calls import required_arguments
-from model import ModelConfig, Qwen2, Tokenizer, Trunk, pad
+from model import ModelConfig, Qwen2, Tokenizer, pad
 from uncertainty import ANSWER_START
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -559,11 +559,8 @@ def batch_loss(model: Qwen2, batch: list[Example]) -> tuple[torch.Tensor, float]
 
 def new_model(config: ModelConfig, seed: int) -> Qwen2:
     """Random weights; the layers that add to the residual stream start smaller (GPT-2)."""
-    with torch.device("meta"):
-        model = Qwen2(config)
     torch.manual_seed(seed)
-    model.model = Trunk(config)     # the tied head draws nothing: so the bundled model was begun
-    model.tie()
+    model = Qwen2(config)
     for name, parameter in model.named_parameters():
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         small = (2 * config.num_hidden_layers) ** -0.5 if residual else 1

@@ -276,15 +276,15 @@ def test_sampled_frequencies_follow_temperature_and_top_p(temperature, top_p, nu
 def test_a_nucleus_beyond_the_256_likeliest_tokens_is_that_of_a_full_sort(top_p):
     """The flat rows need it, the steep ones do not, and neither depends on its neighbours."""
     scales = torch.tensor([[0.5], [4.0]]).repeat(100, 1)
-    rows, generators = torch.randn(200, 3000, generator=seeded("logits")) * scales, range(200)
+    rows, seeds = torch.randn(200, 3000, generator=seeded("logits")) * scales, range(200)
     expected = []
-    for row, seed in zip(rows, generators):
+    for row, seed in zip(rows, seeds):
         p, order = row.double().softmax(-1).sort(descending=True)
         size = max(1, int((p.cumsum(0) - p < top_p).sum()))
         u = torch.rand(1, generator=seeded(seed), dtype=torch.float64) * p[:size].sum()
         expected.append(int(order[(p[:size].cumsum(0) <= u).sum()]))
-    assert choose(rows, 1.0, top_p, [*map(seeded, generators)]) == expected
-    assert [choose(rows[i:i + 1], 1.0, top_p, [seeded(i)])[0] for i in generators] == expected
+    assert choose(rows, 1.0, top_p, [*map(seeded, seeds)]) == expected
+    assert [choose(rows[i:i + 1], 1.0, top_p, [seeded(i)])[0] for i in seeds] == expected
 
 
 def test_temperature_0_takes_the_likeliest_token_and_draws_nothing():
@@ -404,7 +404,7 @@ def test_chat_equals_the_checkpoints_own_template(messages, tokenizer, checkpoin
 
 def test_call_text_is_what_the_template_gives_for_tool_calls(tokenizer, checkpoint):
     calls = (Call("get_weather", {"city": "Zürich", "days": [3, None, True]}), Call("é", {}))
-    past = {"role": "assistant", "tool_calls": [call.__dict__ for call in calls], "content": ""}
+    past = {"role": "assistant", "tool_calls": [vars(call) for call in calls], "content": ""}
     ours = tokenizer.chat([SYSTEM, USER, {"role": "assistant", "content": call_text(calls)}])
     assert ours == template_ids(checkpoint, [SYSTEM, USER, past], True)
 

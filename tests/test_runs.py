@@ -1,13 +1,14 @@
-"""Run folders that can be trusted: killed, resumed, shared among processes, checked afterwards, and fed with rubbish."""
+"""Runs that can be trusted: what is kept is not computed again, a run may be killed at any byte,
+several processes find what one finds, and what a user can mend is one sentence."""
 import json
-import os
+import multiprocessing
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,328 +16,389 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
-import evaluate
-import model as model_py
 import train
-from augment import Found, Pair
-from data.tiny import make
-from lora import LoRALinear
-from model import PrefixCaches, Tokenizer, fingerprint, load_model
-from test_evaluate import record as sound_record
-from train import TINY, Agent, Config, main
+from data import Sample
+from evaluate import read_run
+from train import Config, Kept, Stage, choose, main, self_improve
 
-ROOT = Path(train.__file__).parent
-SAMPLES = 8                             # of the runs that are killed
+FORKS = multiprocessing.get_context("forkserver")       # whose children need not import torch again
+FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "train"])
+BUNDLED = Path(data.__file__).parent / "samples" / "toolalpaca.json"
 
 
-def program(folder: Path, *flags: str, processes: int = 0) -> subprocess.Popen:
-    """A run of the program in a process of its own, or of several under torchrun."""
-    starter = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
-    return subprocess.Popen([sys.executable, *starter, "train.py", "--bench", "toolalpaca", "--model", "tiny", "--device", "cpu",
-                             "--limit", str(SAMPLES), "--max-new-tokens", "64", "--tau", "1", "--out", str(folder), *flags], cwd=ROOT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture(scope="session")
+def file(tmp_path_factory) -> str:
+    """Three of the bundled samples, for which the model soon writes a pair."""
+    items, path = json.loads(BUNDLED.read_text()), tmp_path_factory.mktemp("data") / "three.json"
+    path.write_text(json.dumps([items[i] for i in (8, 3, 2)]))
+    return str(path)
 
 
-def outcomes(folder: Path) -> dict[str, dict]:
-    """What a run found out, by sample: its records without the seconds."""
-    return {r["id"]: {key: value for key, value in r.items() if key != "seconds"} for r in evaluate.read_records(folder)}
+def options(folder: Path, file: str, **changes) -> dict:
+    return {"bench": "toolalpaca", "data": file, "model": "tiny", "device": "cpu", "tau": 1.0,
+            "pair": "joint", "epochs": 1, "max_new_tokens": 16, "out": str(folder / "run"), **changes}
+
+
+def flags(folder: Path, file: str, **changes) -> list[str]:
+    return [text for name, value in options(folder, file, **changes).items()
+            for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+PROGRAM = """
+import os, resource, socket, sys, train
+sys.stdout = sys.stderr = open({log!r}, "a", buffering=1)
+{before}
+sys.exit(train.main({argv!r}))
+"""
+
+
+def start(folder: Path, argv: list[str], before: str = ""):
+    """The program in a process of its own, which runs the line `before` first."""
+    code = PROGRAM.format(log=str(folder / "log"), before=before, argv=argv)
+    process = FORKS.Process(target=exec, args=(code, {}))
+    process.start()
+    return process
+
+
+def as_rank(folder: Path, argv: list[str], rank: int):
+    """One of two processes, as torchrun starts it."""
+    return start(folder, argv, f"os.environ.update(RANK='{rank}', WORLD_SIZE='2')")
+
+
+def found(folder: Path) -> list[dict]:
+    """What a run found out: its records without the seconds."""
+    return [asdict(replace(r, seconds={})) for r in read_run(folder / "run").records]
+
+
+def kept_ids(folder: Path) -> Counter:
+    """(stage, sample id) -> how often its line is there whole."""
+    ids = Counter()
+    for path in folder.glob("stages/*.jsonl"):
+        for line in path.read_text().split("\n")[1:-1]:         # behind the last stands what is torn
+            ids[path.name[0], json.loads(line)["id"]] += 1
+    return ids
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory) -> dict[str, dict]:
-    """The outcome of a run that nothing disturbs; most of its samples are uncertain."""
+def unbroken(file, tmp_path_factory) -> tuple[list[dict], float]:
+    """The records of a run that nothing disturbs, and the seconds it takes."""
     folder = tmp_path_factory.mktemp("unbroken")
-    assert program(folder).wait() == 0
-    found = outcomes(folder)
-    assert len(found) == SAMPLES and sum(bool(r["losses"]) for r in found.values()) >= 3
-    return found
+    start(folder, ["--help"]).join()                    # the first waits until torch is imported
+    began = time.perf_counter()
+    process = start(folder, flags(folder, file))
+    process.join()
+    records = found(folder)
+    assert process.exitcode == 0 and [r["outcome"] for r in records] == ["adapted"] * 3
+    return records, time.perf_counter() - began
 
 
-def run(folder: Path, *flags: str, code: int = 0) -> None:
-    """A short run in this process."""
-    assert main(["--bench", "toolalpaca", "--model", "tiny", "--device", "cpu", "--limit", "3", "--out", str(folder), *flags]) == code
+# --------------------------------------------------------------------------------- a stage's lines
+
+@dataclass
+class Line:
+    id: str
+    text: str
+    seconds: float = 0.0
 
 
-# ---------------------------------------------------------------------------------------------------- killed, resumed
+LETTERS, SAMPLES = Stage("X", Line, ("seed",), ()), [Sample(id, (), ()) for id in "abcd"]
 
-def test_runs_killed_at_twenty_random_moments_end_as_if_nothing_had_happened(unbroken, tmp_path):
-    """Two runs side by side, to use two cores; each is killed ten times."""
-    moments, folders = random.Random(0), [tmp_path / "one", tmp_path / "two"]
-    for _ in range(10):
-        processes = [program(folder) for folder in folders]
-        time.sleep(moments.uniform(1.5, 4.0))
-        for folder, process in zip(folders, processes):
-            if process.poll() is not None:              # it was done before it could be killed: again from the start
-                (folder / "records.jsonl").unlink()
+
+def letters(folder: Path, **changes) -> tuple[dict[str, str], str]:
+    """The letters' texts, and the ids of those that were computed now, one at a time."""
+    kept, computed = Kept(Config(bench="sealtool", out=str(folder / "run"), **changes), {}), []
+
+    def compute(samples):
+        computed.extend(x.id for x in samples)
+        return [Line(x.id, f"{x.id} ü\n") for x in samples]
+    lines = [kept(LETTERS, [x], compute)[x.id] for x in SAMPLES]
+    return {line.id: line.text for line in lines}, "".join(computed)
+
+
+def test_a_line_is_computed_once_and_the_first_line_tells_what_it_depends_on(tmp_path):
+    assert letters(tmp_path) == ({x: f"{x} ü\n" for x in "abcd"}, "abcd")
+    assert letters(tmp_path)[1] == letters(tmp_path, tau=0.5)[1] == ""
+    assert letters(tmp_path, seed=1)[1] == letters(tmp_path, fresh=True)[1] == "abcd"
+    assert letters(tmp_path)[1] == letters(tmp_path, seed=1)[1] == ""
+    keys = [json.loads(path.read_text().splitlines()[0])["key"] for path in
+            tmp_path.glob("stages/X-sealtool-*.jsonl")]
+    assert sorted(key["seed"] for key in keys) == [0, 1] and keys[0]["stage"] == "X"
+
+
+def test_a_model_may_have_any_name(tmp_path):
+    for model in ("my [1] model", "*", "a?", "ü"):
+        assert [letters(tmp_path, model=model)[1] for _ in range(2)] == ["abcd", ""]
+
+
+def test_a_file_that_was_cut_at_any_byte_costs_the_lines_that_are_not_whole(tmp_path, capsys):
+    whole, _ = letters(tmp_path)
+    path, = tmp_path.glob("stages/*.jsonl")
+    content = path.read_bytes()
+    for cut in range(len(content)):
+        folder = tmp_path / str(cut)
+        (folder / "stages").mkdir(parents=True)
+        (folder / "stages" / path.name).write_bytes(content[:cut])
+        lines = content[:cut].split(b"\n")[1:]              # of which the last may be torn
+        torn = bool(lines and lines[-1]) and content[cut:cut + 1] != b"\n"
+        left = "abcd"[sum(map(bool, lines)) - torn:]
+        capsys.readouterr()
+        assert letters(folder) == (whole, left)
+        assert ("is torn" in capsys.readouterr().out) == torn
+        assert letters(folder) == (whole, "")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.binary(max_size=30) | st.sampled_from(
+    [b"[]", b"7", b"{}", b'{"id": "a"}', b'{"id": [], "text": ""}']), max_size=5))
+def test_rubbish_among_the_lines_is_skipped(tmp_path_factory, rubbish):
+    folder = tmp_path_factory.mktemp("rubbish")
+    letters(folder)
+    path, = folder.glob("stages/*.jsonl")
+    path.write_bytes(path.read_bytes() + b"\n".join(rubbish))
+    assert letters(folder) == ({x: f"{x} ü\n" for x in "abcd"}, "")
+
+
+DEPENDS = {     # an option or fact -> the stages whose lines depend on it; a new one has to be put here
+    **dict.fromkeys("samples weights max_new_tokens".split(), "HGT"),
+    **dict.fromkeys("writer k pair temperature top_p seed".split(), "GT"),
+    **dict.fromkeys("adapt rank alpha epochs lr".split(), "T"),
+    # what says where things are and how to run them; data, model and teacher have their digests
+    **dict.fromkeys("""bench data model method teacher teacher_model limit tau batch checkpointing
+        out device dtype pack offline fresh torch python""".split(), "")}
+
+
+@pytest.mark.parametrize("name", DEPENDS)
+def test_a_stage_is_kept_anew_exactly_when_something_that_it_depends_on_changes(name):
+    known = dict.fromkeys(DEPENDS, "as it was")
+    other = {**known, name: "another"}
+    stages = train.H, train.G, train.T
+    assert "".join(s.name for s in stages if s.key(known) != s.key(other)) == DEPENDS[name]
+
+
+def test_each_option_stands_in_the_table_and_other_code_is_another_file(tmp_path, file):
+    agent, _ = train.set_up(choose(Config(**options(tmp_path, file))))
+    assert set(DEPENDS) == {f.name for f in fields(Config)} | set(agent.facts)
+    known = dict.fromkeys(DEPENDS, "as it was")
+    edited = replace(train.H, code=(train.assess,))
+    assert edited.key(known) != train.H.key(known)
+    assert replace(train.G, after=edited).key(known) != train.G.key(known)
+
+
+# ----------------------------------------------------------------------------- the same once more
+
+def test_a_second_run_computes_nothing_and_other_options_share_what_they_can(
+        tmp_path, file, unbroken):
+    config = choose(Config(**options(tmp_path, file, limit=2)))
+    agent, samples = train.set_up(config)
+
+    def go(**changes) -> str:
+        """Run, and give the stages that were computed."""
+        other, before = replace(config, **changes), kept_ids(tmp_path)
+        assert train.run(agent, samples, other, Kept(other, agent.facts), self_improve) == 0
+        return "".join(sorted({stage for stage, _ in kept_ids(tmp_path) - before}))
+
+    assert go() == "GHT" and found(tmp_path) == unbroken[0][:2]
+    records = (tmp_path / "run" / "records.jsonl").read_bytes()
+    def never(*_): raise AssertionError("the model was called")
+    handle = agent.model.register_forward_pre_hook(never)
+    assert go() == go(tau=0.5) == go(tau=0.0) == go(method="base") == ""
+    assert go() == "" and (tmp_path / "run" / "records.jsonl").read_bytes() == records
+    handle.remove()
+    assert go(lr=1e-3) == "T" and go(max_new_tokens=15) == "GHT"
+
+
+def test_fresh_forgets_what_is_kept(tmp_path, file, unbroken):
+    for path in ("as it was", "fresh"):
+        extra = ["--fresh"] if path == "fresh" else []
+        assert main([*flags(tmp_path, file, limit=1), *extra]) == 0
+        stages = {p.name: p.read_bytes() for p in tmp_path.glob("stages/*")}
+        assert len(stages) == 3 and found(tmp_path) == unbroken[0][:1]
+        before = stages if path == "as it was" else before
+    assert not set(stages) & set(before)
+
+
+def test_a_run_folder_holds_what_others_rely_on(tmp_path, file, capsys):
+    assert main(flags(tmp_path, file, limit=1, method="base")) == 0
+    record, = [json.loads(x) for x in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert {"id", "request", "margin", "uncertain", "outcome", "candidates", "base", "answer",
+            "pairs", "rejected", "losses", "norms", "seconds", "tokens", "gold", "reachable",
+            "log_p", "entropy", "ids", "prompt_tokens", "extra"} == set(record)
+    assert {"text", "exact", "reason"} <= set(record["base"]) & set(record["answer"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["max_new_tokens"] == 16 and {"weights", "samples", "torch"} <= set(config["facts"])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {"n", "uncertain", "base_accuracy", "accuracy", "fixed", "harmed"} <= set(summary)
+    printed = capsys.readouterr().out
+    assert "real samples" in printed and "fixed" in printed and "evaluate.py" in printed
+
+
+def test_the_runs_name_holds_what_is_not_the_default():
+    def name(**changes): return choose(Config(model="tiny", device="cpu", **changes)).out
+    assert name() == "runs/nexusraven-tiny-ttsi-s0"
+    assert name(tau=0.5, seed=3, adapt="suffix") == (
+        "runs/nexusraven-tiny-ttsi-tau=0.5-adapt=suffix-s3")
+    assert len({name(), name(lr=0.1), name(k=2), name(limit=4), name(pair="joint")}) == 5
+    assert name(fresh=True, batch=4, offline=True) == name() and name(out="here") == "here"
+
+
+# ------------------------------------------------------------------------------ killed, interrupted
+
+def test_a_run_killed_at_twenty_random_moments_ends_as_if_nothing_had_happened(
+        tmp_path, file, unbroken):
+    records, seconds = unbroken[0][:2], unbroken[1]
+    moments, killed, folder = random.Random(0), 0, tmp_path / "0"
+    while killed < 20:
+        folder.mkdir(exist_ok=True)
+        process = start(folder, flags(folder, file, limit=2))
+        process.join(moments.uniform(0.1, 0.5) * seconds)
+        if process.is_alive():
             process.kill()
-            process.wait()
-    assert [process.wait() for process in map(program, folders)] == [0, 0]
-    for folder in folders:
-        assert outcomes(folder) == unbroken and evaluate.verify(folder) == []
+            process.join()
+            killed += 1
+        else:                                   # it was faster: again from the start
+            assert process.exitcode == 0 and found(folder) == records
+            folder = tmp_path / str(killed)
+    folder.mkdir(exist_ok=True)
+    assert main(flags(folder, file, limit=2)) == 0 and found(folder) == records
 
 
-def test_two_processes_find_what_one_finds_and_one_goes_on_where_two_were_killed(unbroken, tmp_path):
-    process = program(tmp_path / "two", processes=2)
-    assert process.wait() == 0 and "fixed" in process.stdout.read()
-    assert outcomes(tmp_path / "two") == unbroken and evaluate.verify(tmp_path / "two") == []
-    assert not list((tmp_path / "two").glob("records-*"))
-
-    folder = tmp_path / "killed"
-    process = program(folder, processes=2)
-    shard = folder / "records-1.jsonl"
-    while not (shard.is_file() and shard.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None
-        time.sleep(0.02)
-    for rank in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split():
-        if b"RANK=1" in Path(f"/proc/{rank}/environ").read_bytes().split(b"\0"):
-            os.kill(int(rank), signal.SIGKILL)
-    assert process.wait() != 0
-    finished = outcomes(folder)
-    assert 2 <= len(finished) < SAMPLES and all(unbroken[id] == record for id, record in finished.items())
-    assert program(folder).wait() == 0 and outcomes(folder) == unbroken
+def test_two_processes_find_what_one_finds(tmp_path, file, unbroken):
+    processes = [as_rank(tmp_path, flags(tmp_path, file), rank) for rank in (0, 1)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert found(tmp_path) == unbroken[0] and set(kept_ids(tmp_path).values()) == {1}
 
 
-def test_sigterm_ends_with_the_table_and_how_to_go_on(tmp_path):
-    process = program(tmp_path)
-    while not (tmp_path / "records.jsonl").is_file() or not (tmp_path / "records.jsonl").stat().st_size:
-        time.sleep(0.02)
-    process.terminate()
-    printed = process.communicate()[0]
-    assert process.returncode == 130 and "fixed" in printed and "the same command goes on" in printed
+def test_if_one_of_two_processes_is_killed_nothing_that_is_finished_is_lost(
+        tmp_path, file, unbroken):
+    first, second = [as_rank(tmp_path, flags(tmp_path, file), rank) for rank in (0, 1)]
+    while len(list(tmp_path.glob("stages/H-*"))) < 2:
+        assert second.is_alive()
+        time.sleep(0.01)
+    second.kill()
+    first.join()
+    finished = kept_ids(tmp_path)
+    assert first.exitcode == 0 and not (tmp_path / "run").exists()      # it was not the last one
+    assert "another process" in (tmp_path / "log").read_text()
+    assert main(flags(tmp_path, file)) == 0 and found(tmp_path) == unbroken[0]
+    assert set(kept_ids(tmp_path).values()) == {1} and finished <= kept_ids(tmp_path)
 
 
-def test_two_runs_do_not_write_into_one_folder(tmp_path, capsys):
-    with train.locked(tmp_path):
-        run(tmp_path, code=2)
-    assert "another process" in capsys.readouterr().err
-    run(tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_tells_what_is_finished_and_goes_on(
+        tmp_path, file, unbroken, capsys, number):
+    config, handlers = choose(Config(**options(tmp_path, file))), []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        handlers.append((name, signal.getsignal(name)))
+    agent, samples = train.set_up(config)
+
+    def interrupted(agent, batch, config, kept):
+        if batch[0].id == samples[2].id:
+            signal.raise_signal(number)
+        return self_improve(agent, batch, config, kept)
+    assert train.run(agent, samples, config, Kept(config, agent.facts), interrupted) == 130
+    assert "after 2" in capsys.readouterr().out and found(tmp_path) == unbroken[0][:2]
+    assert train.run(agent, samples, config, Kept(config, agent.facts), self_improve) == 0
+    assert found(tmp_path) == unbroken[0]
+    for name, handler in handlers:
+        signal.signal(name, handler)
 
 
-def test_records_of_other_ranks_are_read_and_merged_once(tmp_path):
-    run(tmp_path)
-    before, path = outcomes(tmp_path), tmp_path / "records.jsonl"
-    first, *others = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(first)
-    (tmp_path / "records-1.jsonl").write_bytes(b"".join([first, *others]))       # the first stands in both, as a kill may leave it
-    assert outcomes(tmp_path) == before
-    run(tmp_path)
-    assert outcomes(tmp_path) == before and not (tmp_path / "records-1.jsonl").exists()
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, file, unbroken):
+    process = start(tmp_path, flags(tmp_path, file),
+                    "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))")
+    process.join()
+    said = (tmp_path / "log").read_text().splitlines()[-1]
+    assert process.exitcode == 2 and said.startswith("error: ") and "File too large" in said
+    assert kept_ids(tmp_path)[("H", "toolalpaca-0")] == 1
+    assert main(flags(tmp_path, file)) == 0 and found(tmp_path) == unbroken[0]
 
 
-# ------------------------------------------------------------------------------------------------- what a run began with
+# ------------------------------------------------------------------------------------------ errors
 
-@pytest.mark.parametrize("name, code", [("data", 2), ("weights", 2), ("torch", 0), ("code", 0)])
-def test_a_run_goes_on_only_with_its_data_and_weights_and_says_if_versions_differ(tmp_path, capsys, name, code):
-    run(tmp_path)
-    facts = evaluate.read_json(tmp_path / "facts.json")
-    train.write_json(tmp_path / "facts.json", {**facts, name: "another"})
-    run(tmp_path, code=code)
-    printed = capsys.readouterr()
-    assert f"the {name} changed" in printed.err if code else f"begun with {name} another" in printed.out
+OFFLINE = """
+def blocked(*_, **__): raise AssertionError("a socket was opened")
+socket.socket = socket.create_connection = socket.getaddrinfo = blocked"""
 
 
-def test_verify_names_each_thing_that_is_not_as_it_was(tmp_path, capsys):
-    run(tmp_path)
-    content = (tmp_path / "records.jsonl").read_text()
-    records = [json.loads(line) for line in content.splitlines()]
-
-    def verified(*records) -> str:
-        (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        code = evaluate.main([str(tmp_path), "--verify"])
-        printed = capsys.readouterr().out
-        assert code == ("sound" not in printed)
-        return printed
-    assert "sound" in verified(*records)
-    assert "1 samples have no record" in verified(*records[1:])
-    assert "records are of no sample" in verified(*records, {**records[0], "id": "toolalpaca-1000"})
-    flipped = {**records[0], "answer": {**records[0]["answer"], "exact": not records[0]["answer"]["exact"]}}
-    assert "toolalpaca-0: of answer, exact" in verified(flipped, *records[1:])
-    assert "the gold calls are others" in verified({**records[0], "gold": "nothing"}, *records[1:])
-    assert "not what margin and tau say" in verified({**records[0], "uncertain": not records[0]["uncertain"]}, *records[1:])
-    for name in ("data", "weights_after", "config"):
-        facts = evaluate.read_json(tmp_path / "facts.json")
-        train.write_json(tmp_path / "facts.json", {**facts, name: "another"})
-        assert {"data": "the samples are others", "weights_after": "base weights have changed",
-                "config": "config.json was changed"}[name] in verified(*records)
-        train.write_json(tmp_path / "facts.json", facts)
+@pytest.mark.parametrize("changes, code, said", [
+    ({}, 0, "evaluate.py"), ({"model": "nobody/nothing"}, 2, "nobody/nothing"),
+    ({"data": ""}, 2, "offline")])
+def test_offline_opens_no_socket(tmp_path, file, changes, code, said):
+    argv = flags(tmp_path, file, **{"limit": 1, "method": "base", **changes})
+    before = f"{OFFLINE}\nos.environ.update(XDG_CACHE_HOME={str(tmp_path)!r}, TTSI_DATA='')"
+    if changes.get("data") == "":               # the bundled model, but as one of the user's own
+        argv[argv.index("tiny")] = str(BUNDLED.parent.parent / "tiny")
+    process = start(tmp_path, [*argv, "--offline"], before)
+    process.join()
+    assert process.exitcode == code and said in (tmp_path / "log").read_text()
 
 
-def test_a_run_that_changed_the_base_weights_is_not_called_finished(tmp_path, monkeypatch, capsys):
-    real = train.self_improve
+def item(**changes) -> str:
+    tool = {"name": "f", "description": "", "parameters": {}}
+    return json.dumps([{"query": "hi", "tools": [tool], "answers": [], **changes}])
 
-    def careless(agent, *args):
+
+FILES = {"BROKEN": "[{", "VOID": "[]", "LONG": item(query="word " * 3000), "SHORT": item(),
+         "ODD": item(tools=[{"name": "\x1b[2Jf", "description": "", "parameters": {"x": 5}}])}
+
+
+@pytest.mark.parametrize("bad, said", [
+    ({"tau": 1.5}, "--tau 1.5"), ({"tau": "nan"}, "--tau nan"), ({"k": 0}, "--k 0"),
+    ({"lr": -1}, "--lr -1"), ({"alpha": "inf"}, "--alpha inf"), ({"top_p": 0}, "--top-p 0"),
+    ({"max_new_tokens": 0}, "--max-new-tokens 0"), ({"method": "ttd"}, "--teacher"),
+    ({"teacher": "tiny"}, "--method ttd"), ({"method": "ttd", "teacher": "https://x/v1"}, "URL"),
+    ({"model": "./nowhere"}, "nowhere"), ({"model": "nobody/nothing", "offline": ""}, "nobody"),
+    ({"data": "nowhere.json"}, "nowhere.json"), ({"data": "BROKEN"}, "BROKEN"),
+    ({"data": "VOID"}, "VOID"), ({"data": "LONG"}, "exceed the model's context"),
+    ({"data": "ODD"}, "\\x1b[2Jf"), ({"device": "nonsense"}, "--device nonsense"),
+    ({"out": "FILE/run"}, "FILE")])
+def test_a_users_mistake_is_one_sentence_and_code_2(tmp_path, capsys, bad, said):
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "FILE").write_text("")
+    mistake = {key: str(tmp_path / value) if str(value).split("/")[0] in (*FILES, "FILE") else value
+               for key, value in bad.items()}
+    argv = [text for text in flags(tmp_path, str(tmp_path / "SHORT"), **mistake) if text]
+    assert main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and said in error and "\x1b" not in error
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_an_unknown_bench_is_refused_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["--bench", "nonsense"])
+    assert refused.value.code == 2 and "sealtool" in capsys.readouterr().err
+
+
+def test_a_run_that_changed_the_base_weights_is_not_called_finished(tmp_path, file):
+    config = choose(Config(**options(tmp_path, file, limit=1, method="base")))
+    agent, samples = train.set_up(config)
+
+    def careless(agent, *rest):
         with torch.no_grad():
             agent.model.model.norm.weight[0] += 1e-3
-        return real(agent, *args)
-    monkeypatch.setattr(train, "self_improve", careless)
-    run(tmp_path, code=2)
-    assert "base weights have changed" in capsys.readouterr().err
+        return self_improve(agent, *rest)
+    with pytest.raises(ValueError, match="base weights have changed"):
+        train.run(agent, samples, config, Kept(config, agent.facts), careless)
+    assert not (tmp_path / "run").exists()
 
 
-def test_the_fingerprint_sees_one_bit_and_an_exchange():
-    model = load_model(TINY)
-    before, weight = fingerprint(model), model.model.layers[3].mlp.up_proj.weight
-    bits = weight.data.view(torch.int32)
-    bits[5, 7] ^= 1
-    assert fingerprint(model) != before
-    bits[5, 7] ^= 1
-    assert fingerprint(model) == before
-    weight.data[[0, 1]] = weight.data[[1, 0]]
-    assert fingerprint(model) != before
+def test_a_teacher_is_another_writer_whose_pairs_are_kept_apart(tmp_path, file, checkpoint):
+    taught = choose(Config(**options(tmp_path, file, method="ttd", teacher=str(checkpoint))))
+    (alone, _), (agent, _) = [train.set_up(c) for c in (replace(taught, method="ttsi", teacher=""), taught)]
+    assert alone.writer.model is alone.model and agent.writer.model is not agent.model
+    assert agent.writer.model.config.hidden_size == 32
+    assert agent.facts["weights"] == alone.facts["weights"]
+    assert agent.facts["writer"] != alone.facts["writer"]
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
-
-def test_out_of_memory_in_adaptation_keeps_the_direct_answer_and_elsewhere_the_finished_samples(tmp_path, monkeypatch, capsys):
-    def exhausted(*_): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-    fit = train.fine_tune
-    monkeypatch.setattr(train, "fine_tune", exhausted)
-    monkeypatch.setattr(train, "synthesize", lambda _, samples, *__: [Found([Pair("a request", (), "a call")])] * len(samples))
-    run(tmp_path / "adapting", "--tau", "1")
-    for record in evaluate.read_records(tmp_path / "adapting"):
-        assert record["outcome"] == "out of memory" and record["answer"] == record["base"]
-    assert "3 adaptations did not fit" in capsys.readouterr().out
-    monkeypatch.setattr(train, "fine_tune", lambda agent, examples, *rest: exhausted() if len(examples) > 1 else fit(agent, examples, *rest))
-    run(tmp_path / "halves", "--tau", "1", "--batch", "3")
-    assert {r["outcome"] for r in evaluate.read_records(tmp_path / "halves")} == {"adapted"}
-    monkeypatch.setattr(train, "score_candidates", exhausted)
-    run(tmp_path / "scoring", code=1)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "CUDA out of memory" in error and "the same command goes on" in error
-
-
-def test_what_the_context_does_not_hold_keeps_its_direct_answer(tmp_path, monkeypatch, capsys):
-    def too_long(*_): raise model_py.ContextError("9999 tokens")
-    monkeypatch.setattr(train, "synthesize", too_long)
-    run(tmp_path, "--tau", "1", "--batch", "2")
-    assert {r["outcome"] for r in evaluate.read_records(tmp_path)} == {"too long"}
-    assert "3 adaptations exceeded" in capsys.readouterr().out
-
-
-def test_overwrite_deletes_a_run_and_nothing_else(tmp_path):
-    (tmp_path / "mine.json").write_text("{}")
-    run(tmp_path)
-    run(tmp_path, "--seed", "1", "--overwrite")
-    assert (tmp_path / "mine.json").is_file() and evaluate.read_json(tmp_path / "config.json")["seed"] == 1
-
-
-def test_a_full_disk_is_one_line(capsys, tmp_path):
-    with pytest.raises(OSError, match="/dev/full: cannot be written .No space left on device.; what is finished is kept"):
-        train.append(Path("/dev/full"), b"record\n")
-    (tmp_path / "file").write_text("")
-    run(tmp_path / "file" / "run", code=2)
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_write_that_the_disk_takes_only_in_part_is_an_error(tmp_path):
-    limit = "import resource, sys, train; from pathlib import Path; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)); " \
-            "train.append(Path(sys.argv[1]), b'0123456789 and more')"
-    done = subprocess.run([sys.executable, "-c", limit, str(tmp_path / "records.jsonl")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "cannot be written" in done.stderr
-
-
-def test_a_changed_file_of_the_hubs_cache_is_named(tmp_path, monkeypatch):
-    import hashlib
-    content = (TINY / "model.safetensors").read_bytes()
-    blob, snapshot = tmp_path / "blobs" / hashlib.sha256(content).hexdigest(), tmp_path / "snapshots" / "main"
-    blob.parent.mkdir()
-    shutil.copytree(TINY, snapshot)
-    (snapshot / "model.safetensors").unlink()
-    (snapshot / "model.safetensors").symlink_to(blob)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
-    blob.write_bytes(content)
-    load_model(model_py.find_checkpoint("someone/tiny"))
-    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ValueError, match=f"{blob.name}.*damaged"):
-        model_py.find_checkpoint("someone/tiny")
-
-
-def test_offline_opens_no_socket(tmp_path, monkeypatch):
-    def blocked(*_, **__): raise AssertionError("a socket was opened")
-    monkeypatch.setattr(socket, "socket", blocked)
-    monkeypatch.setattr(socket, "getaddrinfo", blocked)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("TTSI_DATA", raising=False)
-    run(tmp_path / "run", "--offline")
-    run(tmp_path / "hub", "--offline", "--model", "nobody/nothing", "--data", "bundled", code=2)
-    assert main(["--bench", "sealtool", "--model", str(TINY), "--offline", "--out", str(tmp_path / "data")]) == 2
-
-
-def test_control_characters_in_a_file_never_reach_the_terminal(tmp_path, capsys):
-    tool = {"name": "\x1b[2Jf", "description": "", "parameters": {"x": 5}}
-    path = tmp_path / "odd.json"
-    path.write_text(json.dumps([{"query": "hi", "tools": [tool], "answers": []}]))
-    run(tmp_path / "run", "--data", str(path), code=2)
-    error = capsys.readouterr().err
-    assert "\\x1b[2Jf" in error and "\x1b" not in error
-
-
-def test_two_hundred_adaptations_take_no_more_memory_than_a_few():
-    def resident() -> int: return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    model = load_model(TINY)
-    agent = Agent(model, Tokenizer(TINY), PrefixCaches(model))
-    config = Config(bench="sealtool", lr=train.TINY_LR, epochs=1, max_new_tokens=4)
-    sample = data.load("sealtool", bundled=True)[0]
-    prompt, target = agent.tokenizer.chat(data.call_prompt(sample)), agent.tokenizer.encode(data.call_text(sample.answers))
-    seen = []
-    for i in range(200):
-        params = train.new_params(model, 8, [train.seeded("memory", i)], config.targets.split(","))
-        with train.adapters(model, params, 16.0):
-            train.fine_tune(agent, [[(prompt[-40:], target)]], params, config)
-        seen.append(resident())
-    assert seen[-1] - seen[19] < 20e6       # an adapter of this model has 0.6 MB of parameters and 1.8 MB with AdamW's state
-    assert not any(isinstance(module, LoRALinear) for module in model.modules())
-
-
-# --------------------------------------------------------------------------------------------------------------- rubbish
-
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-                        st.sampled_from(["query", "tools", "answers", "name", "parameters", "role", "content", "type", "required", "id"])
-                        | st.text(max_size=3), inner, max_size=4), max_leaves=12)
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("rubbish")
-
-
-@settings(max_examples=1000, deadline=None)
-@given(content=st.lists(JSON, max_size=2).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=60))
-def test_any_data_file_is_loaded_or_named(scratch, content):
-    path = scratch / "any.json"
-    path.write_bytes(content)
-    try:
-        assert data.load("sealtool", str(path))
-    except ValueError as error:
-        assert str(path) in str(error)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(st.data())
-def test_any_record_file_is_read_or_named_and_what_is_read_can_be_shown(scratch, draw):
-    record = sound_record("x-0", True, False)
-    key = draw.draw(st.sampled_from([*record, "none"]))
-    line = json.dumps({**record, key: draw.draw(JSON)}).encode()
-    line = draw.draw(st.just(line) | st.binary(max_size=40) | st.just(line[:len(line) // 2]))
-    (scratch / "records.jsonl").write_bytes(line + b"\n")
-    (scratch / "config.json").write_text('{"tau": 0.95}')
-    try:
-        records = evaluate.read_records(scratch)
-    except ValueError as error:
-        assert "records.jsonl, line " in str(error)
-        return
-    for shown in (evaluate.table(evaluate.read_runs([scratch])), *(evaluate.story(record) for record in records)):
-        assert all(c.isprintable() or c == "\n" for c in shown)
-        shown.encode()
-
-
-def test_generated_names_are_never_paths(tmp_path, monkeypatch):
-    """A tool named like a path stays text: nothing is written outside the run folder."""
-    item = make.generate("toolalpaca", "held_out", 5, 1)[0]
-    item["tools"][0]["name"] = "../../escape"
-    path = tmp_path / "paths.json"
-    path.write_text(json.dumps([item]))
-    run(tmp_path / "a" / "b" / "run", "--data", str(path))
-    written = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert {p for p in written if not p.startswith("a/b/run/")} == {"paths.json"}
+def test_a_tool_that_is_named_like_a_path_stays_text(tmp_path):
+    tool = {"name": "../../escape", "description": "", "parameters": {}}
+    (tmp_path / "paths.json").write_text(item(tools=[tool]))
+    folder = tmp_path / "a" / "b"
+    assert main(flags(folder, str(tmp_path / "paths.json"))) == 0
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and folder not in p.parents]
+    assert written == [tmp_path / "paths.json"]
