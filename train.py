@@ -90,13 +90,17 @@ class Config:
     fresh: bool = option(False, HOW, "forget what is kept of this configuration")
 
     def __post_init__(self):
-        least = {"k": 1, "rank": 1, "epochs": 1, "max_new_tokens": 1, "alpha": 1e-9, "top_p": 1e-9}
-        most = {"tau": 1, "top_p": 1}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            low, high = least.get(f.name, 0), most.get(f.name, sys.maxsize)
-            if isinstance(value, (int, float)) and not low <= value <= high:
-                raise ValueError(f"--{f.name} {value}: must be in [{low}, {high}]")
+        def need(name: str, holds: bool, allowed: str) -> None:
+            if not holds:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {getattr(self, name)}: must be {allowed}")
+        need("tau", 0 <= self.tau <= 1, "in [0, 1]")
+        need("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        need("alpha", 0 < self.alpha < math.inf, "above 0")
+        for name in ("temperature", "lr", "limit", "batch"):
+            need(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        for name in ("k", "rank", "epochs", "max_new_tokens"):
+            need(name, getattr(self, name) >= 1, "1 or more")
         if (self.method == "ttd") != bool(self.teacher):
             raise ValueError("--method ttd and --teacher need each other")
         if ("://" in self.teacher) != bool(self.teacher_model):
@@ -376,7 +380,8 @@ class Kept:
     def read(self, stage: Stage, name: str) -> dict:
         """All lines that any process has kept, by sample; a torn one is skipped with a notice."""
         lines = {}
-        for file in sorted(self.folder.glob(f"{name}.*.jsonl")):
+        files = [file for file in self.folder.glob("*.jsonl") if file.name.startswith(f"{name}.")]
+        for file in sorted(files):
             if self.known["fresh"] and self.computing:
                 file.unlink()
                 continue

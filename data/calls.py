@@ -33,7 +33,6 @@ class Parsed:
 
 
 # --- Reading: text -> calls -----------------------------------------------------------------------
-
 _UNREADABLE = (SyntaxError, TypeError, ValueError)
 # A quoted text. One that never closes goes on to the end, so that each search takes linear time.
 _STRING = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)""", re.S)
@@ -49,8 +48,8 @@ _BEGUN = re.compile(rf"""\{{\s*['"](?:{"|".join(_KEYS)})['"]""")
 
 
 def _outermost(text: str) -> tuple[list[str], str]:
-    """The outermost {...} and [...] of a text, and what is around them, with "{" for each; none
-    at all if one never closes or is too deep."""
+    """The outermost {...} and [...] of a text, and the text around them with "{" for each; nothing
+    if one never closes or is too deep."""
     values, around, end = [], "", 0
     while opening := _OPENING.search(text, end):
         depth = 0
@@ -77,8 +76,7 @@ def _checked(code: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """`value` as JSON gives it back; raises for what JSON or UTF-8 cannot hold (NaN, half a
-    surrogate pair), as no record or prompt could hold it."""
+    """`value` as JSON gives it back; raises for NaN, a set or a lone surrogate: no file holds it."""
     return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode().decode())
 
 
@@ -94,8 +92,7 @@ def _read(text: str) -> tuple[object, str]:
 
 
 def _as_call(value: object) -> Call:
-    """The call that an object holds: a name and arguments, under these or other usual keys, and at
-    most an id and a type; ValueError for anything else."""
+    """The call that an object holds, under the usual keys; ValueError if it holds anything else."""
     if not isinstance(value, dict):
         raise ValueError("not an object")
     if isinstance(value.get("function"), dict) and value.keys() <= {"id", "type", "function"}:
@@ -139,8 +136,7 @@ def _json_calls(text: str) -> tuple[list[Call], str]:
 
 
 def _block_calls(text: str) -> tuple[list[Call], str]:
-    """The calls in closed <tool_call> blocks, whatever brackets the prose beside them has;
-    ValueError if a block holds none or stays open, or a call begins in the prose."""
+    """The calls in closed blocks, whatever brackets are in the prose; ValueError for half a call."""
     calls = []
     prose, *parts = text.split("<tool_call>")
     for part in parts:
@@ -160,19 +156,17 @@ def parse_calls(text: str) -> Parsed:
 
     Strict is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
     times, and nothing else. Recoveries: "not only blocks" (prose, fenced code, bare JSON), "other
-    JSON" (a list, other keys, arguments as text), "python notation". An empty text (strict) and
-    "[]" say that no call is needed. Any other text without calls is "unparsable": never right.
-
-    `parse_calls('f(a=1)') -> Parsed((Call("f", {"a": 1}),), False, "python notation")`
+    JSON" (a list, other keys, arguments as text), "python notation" (`f(a=1)`). An empty text and
+    "[]" say that no call is needed; any other text without calls is "unparsable", so never right.
     """
-    # ours: half an answer is no answer. If one object or block cannot be read, the whole text is
-    # unparsable.
     text = text.strip()
     if re.fullmatch(r"(?:\[\s*\])?", text):
         return Parsed((), text == "", "not only blocks" if text else "")
-    # Python notation comes first: in f(user={"name": ..., "arguments": ...}), the call is of f.
-    readers = (_python_calls, _json_calls, _block_calls)
-    for read in readers if len(text) <= MAX_CHARS else ():
+    if len(text) > MAX_CHARS:
+        return Parsed((), False, "unparsable")
+    # ours: half an answer is no answer: a reader that cannot read one object or block reads none.
+    # Python comes first: in f(user={"name": ..., "arguments": ...}), the call is of f.
+    for read in (_python_calls, _json_calls, _block_calls):
         try:
             calls, recovery = read(text)
         except _UNREADABLE:
@@ -183,7 +177,6 @@ def parse_calls(text: str) -> Parsed:
 
 
 # --- Checking: call -> what is wrong with it ------------------------------------------------------
-
 _KINDS = {"string": "string", "str": "string", "integer": "integer", "int": "integer",
           "number": "number", "float": "number", "boolean": "boolean", "bool": "boolean",
           "array": "array", "list": "array", "object": "object", "dict": "object"}
@@ -215,28 +208,27 @@ def required_arguments(tool: dict) -> frozenset[str]:
     marked = marked_arguments(tool)
     if marked is not None:
         return marked
-    # ours: a tool that marks nothing requires each parameter that has no default and does not begin
-    # its description with "[Optional]". API-Bank's tools mark nothing, and of 258 gold calls of
-    # theirs 248 give every parameter (561 of 575 values).
+    # ours: a tool that marks nothing requires each parameter that has no default and is not said to
+    # be "[Optional]". API-Bank's tools mark nothing; 248 of their 258 gold calls give all of these.
     return frozenset(name for name, schema in tool["parameters"].items() if "default" not in schema
                      and not str(schema.get("description")).startswith("[Optional]"))
 
 
-def _is_empty(value: object) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
 def _given(call: Call, tool: dict) -> dict:
-    """The arguments that a call gives: "" and null mean absent, except for an argument that the
-    tool marks as required or does not have."""
+    """The arguments that a call gives: for those that the tool does not require by a mark, "" and
+    null mean absent."""
     optional = tool.get("parameters", {}).keys() - (marked_arguments(tool) or ())
-    return {name: value for name, value in call.arguments.items()
-            if not _is_empty(value) or name not in optional}
+    given = {}
+    for name, value in call.arguments.items():
+        empty = value is None or (isinstance(value, str) and not value.strip())
+        if not (empty and name in optional):
+            given[name] = value
+    return given
 
 
 def check_call(call: Call, tools: Sequence[dict]) -> str:
-    """What is wrong with a call by its tool's schema; "" if nothing: "unknown tool", "missing
-    argument: x", "unknown argument: x" or "wrong type: x"."""
+    """What is wrong with a call by its tool's schema: "unknown tool", "missing argument: x",
+    "unknown argument: x" or "wrong type: x"; "" if nothing is."""
     tool = next((tool for tool in tools if tool["name"] == call.name), None)
     if tool is None:
         return "unknown tool"
@@ -247,17 +239,16 @@ def check_call(call: Call, tools: Sequence[dict]) -> str:
     for name, value in given.items():
         if name not in parameters:
             return f"unknown argument: {name:.40}"
-        kind, (found, content) = _kind(parameters[name]), value_key(value, parameters[name])
-        if kind == "integer" and found == "number" and content == content.to_integral_value():
-            continue
-        # Null fits any type: gold calls of NexusRaven give it for required arguments.
-        if kind not in ("", found) and value is not None:
+        kind = _kind(parameters[name])
+        found, content = value_key(value, parameters[name])
+        if found == "number" and kind == "integer" and content == content.to_integral_value():
+            found = "integer"
+        if kind not in ("", found) and value is not None:   # gold calls of NexusRaven give null
             return f"wrong type: {name}"
     return ""
 
 
 # --- Comparing: two calls are equal if and only if their keys are ---------------------------------
-
 def _meant(text: str, kind: str) -> object:
     """What a text stands for: the value written in it, where the kind lets it be one, or itself."""
     text = unicodedata.normalize("NFC", text).strip()
@@ -297,13 +288,12 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
 
 
 def call_key(call: Call, tools: Sequence[dict]) -> tuple[str, frozenset]:
-    """What a call means: its name and the set of (argument, value key), with declared defaults.
-    What no schema describes has values of unknown type."""
+    """What a call means: its name and the set of (argument, value key), with declared defaults."""
     tool = next((tool for tool in tools if tool["name"] == call.name), {})
     parameters = tool.get("parameters", {})
-    defaults = {name: schema.get("default") for name, schema in parameters.items()}
-    values = {name: value for name, value in defaults.items() if not _is_empty(value)}
-    values |= _given(call, tool)
+    defaults = {name: schema["default"] for name, schema in parameters.items()
+                if schema.get("default") not in (None, "")}
+    values = defaults | _given(call, tool)
     return call.name, frozenset((name, value_key(value, parameters.get(name, {})))
                                 for name, value in values.items())
 

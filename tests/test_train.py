@@ -328,20 +328,25 @@ def test_labels_never_reach_h_g_t_or_an_answer(agent, samples, tmp_path, method)
 
 # ------------------------------------------------------------------------------------ out of memory
 
-def memory_for(rows: int, sizes: list[int]):
-    """As `watched` takes it: a memory that holds so many rows in training."""
+def memory_for(rows: int, error: Exception, sizes: list[int]):
+    """For `watched`: a memory that holds so many rows in training."""
     def act(ids, training):
         if training:
             sizes.append(len(ids))
             if len(ids) > rows:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
+                raise error
     return act
 
 
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+
+
+@pytest.mark.parametrize("error", [CUDA, CUBLAS])
 def test_out_of_memory_halves_training_alone_and_the_size_that_fits_is_remembered(
-        agent, samples, usual):
+        agent, samples, usual, error):
     sizes = []
-    with watched(agent.model, memory_for(2, sizes)):
+    with watched(agent.model, memory_for(2, error, sizes)):
         records = improved(agent, samples)
         assert sizes == [4] + [2] * 4                   # 4 failed; then two steps for each two
         improved(agent, samples[:3])
@@ -356,7 +361,7 @@ def test_what_does_not_fit_alone_keeps_its_answer_is_counted_and_is_tried_again(
         assert train.run(agent, samples[:2], config, Kept(config, agent.facts), self_improve) == 0
         lines = Path(config.out, "records.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
-    with watched(agent.model, memory_for(0, [])):
+    with watched(agent.model, memory_for(0, CUDA, [])):
         for record in go():
             assert record["outcome"] == "out of memory" and record["answer"] == record["base"]
     assert "out of memory" in capsys.readouterr().out and not list(tmp_path.glob("stages/T-*"))
