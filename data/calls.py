@@ -38,13 +38,11 @@ _UNREADABLE = (SyntaxError, TypeError, ValueError)
 _STRING = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)""", re.S)
 _TOKEN = re.compile(_STRING.pattern + r"|[][{}()]", re.S)
 _OPENING = re.compile(r"[{\[]")
-_BLOCKS = re.compile(r"(?:<tool_call>\s*\{\s*</tool_call>\s*)+")     # "{" for each call
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?"   # JSON's: "007" is a text
 _CODE = re.compile(r"(?:[\s,:=\[\]{}()]|[^\W\d]\w*(?=\s*[=(])|\$(?!\$)|"
                    rf"(?:True|False|None|{_NUMBER})(?!\w))*")
 _KEYS = {"name": "name", "tool": "name", "function": "name",
          "arguments": "arguments", "parameters": "arguments", "args": "arguments"}
-_BEGUN = re.compile(rf"""\{{\s*['"](?:{"|".join(_KEYS)})['"]""")
 
 
 def _outermost(text: str) -> tuple[list[str], str]:
@@ -52,23 +50,22 @@ def _outermost(text: str) -> tuple[list[str], str]:
     if one never closes or is too deep."""
     values, around, end = [], "", 0
     while opening := _OPENING.search(text, end):
-        depth = 0
-        for token in _TOKEN.finditer(text, opening.start()):    # outside brackets, 5" is prose
+        start, depth = opening.start(), 0
+        for token in _TOKEN.finditer(text, start):      # outside brackets, a quotation mark is prose
             depth += (token[0] in "{[(") - (token[0] in "}])")
             if depth == 0 or depth > MAX_DEPTH:
                 break
         if depth != 0:
             return [], ""
-        around += text[end:opening.start()] + "{"
+        around += text[end:start] + "{"
         end = token.end()
-        values.append(text[opening.start():end])
+        values.append(text[start:end])
     return values, around + text[end:]
 
 
 def _checked(code: str) -> str:
     """The code itself, if it has but words, numbers, quotes and brackets; ValueError otherwise."""
-    # Long chains of operators can crash Python's parser, so it never sees any.
-    bare = _STRING.sub("$", code)
+    bare = _STRING.sub("$", code)       # without operators: long chains crash Python's parser
     plain = "\\" not in code and len(bare) <= MAX_CODE and _CODE.fullmatch(bare)
     if not plain or not _outermost(f"[{bare}]")[0]:
         raise ValueError("not a plain literal or call")
@@ -76,7 +73,7 @@ def _checked(code: str) -> str:
 
 
 def _plain(value: object) -> object:
-    """`value` as JSON gives it back; raises for NaN, a set or a lone surrogate: no file holds it."""
+    """`value` as JSON gives it back; raises for what no file can hold, as NaN or a set."""
     return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode().decode())
 
 
@@ -125,18 +122,16 @@ def _python_calls(text: str) -> tuple[list[Call], str]:
 def _json_calls(text: str) -> tuple[list[Call], str]:
     """The calls of a text; ValueError if any of its objects and lists is none."""
     values, around = _outermost(text)
-    calls, recovery = [], "" if _BLOCKS.fullmatch(around) else "not only blocks"
+    calls, asked = [], re.fullmatch(r"(<tool_call>\s*\{\s*</tool_call>\s*)+", around)
     for value, how in map(_read, values):
         found = [_as_call(item) for item in (value if isinstance(value, list) else [value])]
-        if [asdict(call) for call in found] != [value]:
-            how = "other JSON"
-        recovery = recovery or how
+        asked = asked and not how and [asdict(call) for call in found] == [value]
         calls += found
-    return calls, recovery
+    return calls, "" if asked else "other form"
 
 
 def _block_calls(text: str) -> tuple[list[Call], str]:
-    """The calls in closed blocks, whatever brackets are in the prose; ValueError for half a call."""
+    """The calls in closed blocks, whatever brackets the prose has; ValueError for half a call."""
     calls = []
     prose, *parts = text.split("<tool_call>")
     for part in parts:
@@ -146,27 +141,26 @@ def _block_calls(text: str) -> tuple[list[Call], str]:
             raise ValueError("a block without a call")
         calls += found
         prose += after
-    if _BEGUN.search(prose):
-        raise ValueError("a call outside the blocks")
-    return calls, "not only blocks"
+    if re.search(rf"""\{{\s*['"]({"|".join(_KEYS)})['"]""", prose):
+        raise ValueError("a call begins outside the blocks")
+    return calls, "other form"
 
 
 def parse_calls(text: str) -> Parsed:
     """The calls in a model's answer. It never raises, and takes time linear in the text's length.
 
     Strict is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
-    times, and nothing else. Recoveries: "not only blocks" (prose, fenced code, bare JSON), "other
-    JSON" (a list, other keys, arguments as text), "python notation" (`f(a=1)`). An empty text and
-    "[]" say that no call is needed; any other text without calls is "unparsable", so never right.
+    times. Recoveries: "python notation" (`f(a=1)`) and "other form" (prose around it, fenced code,
+    bare JSON, a list, other keys, arguments as text). An empty text and "[]" say that no call is
+    needed; any other text without calls is "unparsable": it says nothing, so it is never right.
     """
     text = text.strip()
-    if re.fullmatch(r"(?:\[\s*\])?", text):
-        return Parsed((), text == "", "not only blocks" if text else "")
-    if len(text) > MAX_CHARS:
-        return Parsed((), False, "unparsable")
+    if re.fullmatch(r"(\[\s*\])?", text):
+        return Parsed((), text == "", "other form" if text else "")
     # ours: half an answer is no answer: a reader that cannot read one object or block reads none.
     # Python comes first: in f(user={"name": ..., "arguments": ...}), the call is of f.
-    for read in (_python_calls, _json_calls, _block_calls):
+    readers = (_python_calls, _json_calls, _block_calls)
+    for read in readers if len(text) <= MAX_CHARS else ():
         try:
             calls, recovery = read(text)
         except _UNREADABLE:
@@ -209,14 +203,13 @@ def required_arguments(tool: dict) -> frozenset[str]:
     if marked is not None:
         return marked
     # ours: a tool that marks nothing requires each parameter that has no default and is not said to
-    # be "[Optional]". API-Bank's tools mark nothing; 248 of their 258 gold calls give all of these.
+    # be "[Optional]". API-Bank's tools mark nothing; 248 of their 258 gold calls give every one.
     return frozenset(name for name, schema in tool["parameters"].items() if "default" not in schema
                      and not str(schema.get("description")).startswith("[Optional]"))
 
 
 def _given(call: Call, tool: dict) -> dict:
-    """The arguments that a call gives: for those that the tool does not require by a mark, "" and
-    null mean absent."""
+    """The arguments that a call gives; if not marked as required, "" and null mean absent."""
     optional = tool.get("parameters", {}).keys() - (marked_arguments(tool) or ())
     given = {}
     for name, value in call.arguments.items():
@@ -249,32 +242,26 @@ def check_call(call: Call, tools: Sequence[dict]) -> str:
 
 
 # --- Comparing: two calls are equal if and only if their keys are ---------------------------------
-def _meant(text: str, kind: str) -> object:
-    """What a text stands for: the value written in it, where the kind lets it be one, or itself."""
-    text = unicodedata.normalize("NFC", text).strip()
-    if kind in ("array", "object"):
-        written = _read(text)[0]
-        return written if isinstance(written, list if kind == "array" else dict) else text
-    if kind in ("integer", "number", "") and re.fullmatch(_NUMBER, text):
-        return Decimal(text)
-    if kind in ("boolean", "") and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    return text
-
-
 def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashable]:
     """What a value means under its schema: ("number", Decimal("5")) for 5, 5.0 and "5".
 
-    Where a string is declared, a number or boolean is read as its JSON text. Where no type is, as
-    inside an object, a text that is a number or boolean is read as one. Booleans are never numbers.
+    A text is read as what is declared, or as a number or boolean where no type is, as inside an
+    object. Where a string is declared, both are their JSON text. Booleans are never numbers.
     """
     kind = _kind(schema)
     if isinstance(value, str):
-        value = _meant(value, kind)
-    if isinstance(value, float):                # as a number, NaN would not equal itself
-        value = Decimal(repr(value)) if math.isfinite(value) else str(value)
-    if isinstance(value, str):
-        return "string", value
+        text = unicodedata.normalize("NFC", value).strip()
+        if kind in ("integer", "number", "") and re.fullmatch(_NUMBER, text):
+            return "number", Decimal(text)
+        if kind in ("boolean", "") and text.lower() in ("true", "false"):
+            return "boolean", text.lower() == "true"
+        value = _read(text)[0]
+        if (kind, type(value)) not in (("array", list), ("object", dict)):
+            return "string", text
+    if isinstance(value, float):
+        if not math.isfinite(value):            # as a number, NaN would not equal itself
+            return "string", str(value)
+        value = Decimal(repr(value))
     if isinstance(value, bool):
         return ("string", str(value).lower()) if kind == "string" else ("boolean", value)
     if isinstance(value, (int, Decimal)):

@@ -241,7 +241,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nothing_had_happened(
     while killed < 20:
         folder.mkdir(exist_ok=True)
         process = start(folder, argv(folder, file, limit=2))
-        process.join(moments.uniform(0.1, 0.5) * seconds)
+        process.join(moments.uniform(0.1, 0.4) * seconds)
         if process.is_alive():
             process.kill()
             process.join()

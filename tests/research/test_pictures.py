@@ -16,8 +16,8 @@ def record(i: int, base: bool = False) -> Record:
     unsure = i < 5
     return Record(f"x-{i}", "What?", i / 10, unsure, "adapted" if unsure else "certain",
                   {"f": -0.5, "g": -1.5 - i}, verdict(base), verdict(base or unsure), [], [], [],
-                  [], {"H": 1.0, "T": 2.0} if unsure else {"H": 1.0}, {}, '{"name": "f"}', True,
-                  [-1.0], [0.5], [1], 9)
+                  [], {"H": 1.0, "T": 2.0} if unsure else {"H": 1.0}, {},
+                  '{"name": "f", "arguments": {}}', True, [-1.0], [0.5], [1], 9)
 
 
 RUN = Run("run", {"bench": "sealtool", "model": "none/none", "tau": 0.5},
