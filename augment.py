@@ -1,17 +1,14 @@
 """G, the self-augmentation of Algorithm 1: new pairs (request x', calls y') like a sample.
 
-The writer, which is the model itself (TT-SI) or a teacher (TT-D), sees the sample's tools and
-request, never its label. A pair is kept only if it parses and fits the tools' schema; each try
-that is not kept has a reason. A kept pair is what the sample's adapter is trained on.
+The writer, the model itself (TT-SI) or a teacher (TT-D), sees the sample's tools and request, never
+its label. A pair is kept if it parses and fits the tools' schema; each other try has a reason.
 """
 import os
 import re
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
-from typing import Protocol
 
 import torch
 
@@ -32,20 +29,22 @@ Under the second, write the tool calls that answer it, each in this form:
 # ours: the assistant's turn is begun for it with the seed request as the first of the two. Asked
 # for "a new request like this one", a small model repeats it; begun so, it writes a natural one.
 PAIR_START = '1. "{request}"\n2. "'
-
 TRIES = 3       # for each of the K pairs
 LABELS = 5      # sampled calls for a new request; the majority is its label (--pair request) ...
 AGREE = 2       # ... if so many agree: one draw alone is often a slip, and five steps learn it
 MAX_REQUEST_TOKENS = 128
 MAX_CALL_TOKENS = 192
+RETRIES = 5     # further tries of a request to a server that is busy, broken or late
+Prompt = tuple[list[dict], str]         # the messages, and how the assistant's turn begins
+# (prompts, limit in tokens, temperature, top_p, each prompt's seeds) -> a text for each seed
+Writer = Callable[[Sequence[Prompt], int, float, float, Sequence[Sequence[tuple]]], list[list[str]]]
 
 
 @dataclass(frozen=True)
 class Pair:
     """A synthetic training example: a request x' and the text of its calls y'."""
     request: str
-    # ours: the text is the model's own, so that training sharpens what it calls and not how it
-    # writes (a model that leaves out the tags, trained to write them, goes on with further calls).
+    # ours: the text is the model's own: training sharpens what it calls, not how it writes.
     text: str
     votes: int = 1          # how many of the sampled labels agreed
 
@@ -71,17 +70,6 @@ class Found:
         self.rejected = [r if isinstance(r, Rejected) else Rejected(**r) for r in self.rejected]
 
 
-# ------------------------------------------------------------------------------------ who writes
-
-Prompt = tuple[list[dict], str]         # the messages, and how the assistant's turn begins
-
-
-class Writer(Protocol):
-    def __call__(self, prompts: Sequence[Prompt], limit: int, temperature: float, top_p: float,
-                 keys: Sequence[Sequence[tuple]]) -> list[list[str]]:
-        """For each prompt one sampled text, of at most `limit` tokens, for each of its seeds."""
-
-
 @dataclass(frozen=True)
 class LocalWriter:
     """The model itself, or a teacher that is loaded beside it. All texts are one batch."""
@@ -105,14 +93,10 @@ class LocalWriter:
         return [[self.tokenizer.decode(next(written).ids) for _ in own] for own in keys]
 
 
-RETRIES = 5     # further tries of a request to a server that is busy, broken or late
-
-
 @dataclass(frozen=True)
 class ServerWriter:
-    """A teacher behind an OpenAI-compatible API. The key, OPENAI_API_KEY, goes to that host alone,
-    over plain http to this machine only. A redirect is followed without the key. ValueError for
-    a URL that is not safe, ConnectionError in one sentence where no reply can be had."""
+    """A teacher behind an OpenAI-compatible API, which limits a text itself. OPENAI_API_KEY goes to
+    that host alone, over plain http to this machine only. ConnectionError if there is no reply."""
     url: str
     model: str
     wait: float = 1.0           # seconds before the second try; each further one doubles it
@@ -130,10 +114,8 @@ class ServerWriter:
                              "https, or unset the key")
 
     def __call__(self, prompts, limit, temperature, top_p, keys) -> list[list[str]]:
-        """As Writer; how long a text may be is left to the server."""
         from huggingface_hub import InferenceClient     # only here: it takes a second to import
-        # without a key it would send the user's own token for the hub
-        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"    # not the hub's own token
         client = InferenceClient(base_url=self.url, api_key=key, timeout=self.timeout)
         jobs = []
         for (messages, start), own in zip(prompts, keys):
@@ -141,10 +123,10 @@ class ServerWriter:
             if start:           # the API cannot begin the assistant's turn, so the user asks for it
                 last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
                                            f"Write what follows, and nothing else:\n{start}"}
-            for key in own:
-                seed = seeded(*key).initial_seed() % 2 ** 31    # where the server heeds it
-                jobs.append((start, {"messages": [*before, last], "model": self.model, "seed": seed,
-                                     "temperature": temperature, "top_p": top_p}))
+            for draw in own:
+                seed = seeded(*draw).initial_seed() % 2 ** 31       # where the server heeds it
+                jobs.append((start, dict(messages=[*before, last], model=self.model, seed=seed,
+                                         temperature=temperature, top_p=top_p)))
         with ThreadPool(8) as pool:
             texts = iter(list(pool.imap(lambda job: self.ask(client, *job), jobs)))
         return [[next(texts) for _ in own] for own in keys]
@@ -152,25 +134,21 @@ class ServerWriter:
     def ask(self, client, start: str, request: dict) -> str:
         """One text, without what repeats `start`. A busy, broken or late server is asked again."""
         from huggingface_hub.errors import HTTPError    # the HTTP library's own; no OSError
-        for attempt in range(RETRIES + 1):
+        for wait in [0] + [self.wait * 2 ** i for i in range(RETRIES)]:
+            time.sleep(wait)
             try:
                 text = client.chat_completion(**request).choices[0].message.content or ""
                 overlap = next(i for i in range(len(start) + 1) if text.startswith(start[i:]))
                 return text[len(start) - overlap:]
-            except (HTTPError, OSError, ValueError, TypeError, LookupError,
-                    AttributeError) as error:           # the last four: it is no chat completion
-                code = getattr(getattr(error, "response", None), "status_code", 0)
-                problem = f"HTTP {code}" if code else type(error).__name__
+            except (HTTPError, OSError, ValueError, TypeError, LookupError, AttributeError) as err:
+                code = getattr(getattr(err, "response", None), "status_code", 0)
+                problem = f"HTTP {code}" if code else type(err).__name__
             if 400 <= code < 500 and code not in (408, 409, 429):
                 raise ConnectionError(f"--teacher {self.url}: {problem}; are the URL, "
                                       "--teacher-model and OPENAI_API_KEY right?")
-            if attempt < RETRIES:
-                time.sleep(self.wait * 2 ** attempt)
         raise ConnectionError(f"--teacher {self.url}: no chat completion after {RETRIES + 1} tries "
                               f"({problem})")
 
-
-# ----------------------------------------------------------------------------- write, check, keep
 
 @dataclass(frozen=True)
 class Draft:
@@ -192,12 +170,13 @@ class Label:
 
 def check_request(request: str, seed: str) -> str:
     """Why a written request is of no use, or ""."""
-    def plain(text): return "".join(c for c in text.casefold() if c.isalnum())
-    if not plain(request):
+    plain = "".join(filter(str.isalnum, request.casefold()))
+    if not plain:
         return "no request"
     if '{"' in request or "<tool_call>" in request:
         return "a call in place of a request"
-    return "copy of the seed request" if plain(request) in plain(seed) else ""
+    copied = plain in "".join(filter(str.isalnum, seed.casefold()))
+    return "copy of the seed request" if copied else ""
 
 
 def check_text(text: str, sample: Sample) -> str:
@@ -208,26 +187,20 @@ def check_text(text: str, sample: Sample) -> str:
 
 
 def majority(texts: Sequence[str], sample: Sample, agree: int = AGREE) -> Label:
-    """The first text that calls what most call, among those that fit the schema, if at least
-    `agree` do."""
-    votes, first, reasons = Counter(), {}, Counter()
-    for text in texts:
-        if reason := check_text(text, sample):
-            reasons[reason] += 1
-            continue
-        key = calls_key(parse_calls(text).calls, sample.tools)
-        votes[key] += 1
-        first.setdefault(key, text)
-    key, count = votes.most_common(1)[0] if votes else (None, 0)        # the first among equals
-    if count >= agree:
-        return Label(first[key], count, "", texts)
-    reasons = reasons or Counter({f"fewer than {agree} calls agree": 1})
-    return Label("", count, reasons.most_common(1)[0][0], texts)
+    """The first text that calls what most call of those that fit, if at least `agree` do."""
+    reasons = [check_text(text, sample) for text in texts]
+    fitting = [text for text, reason in zip(texts, reasons) if not reason]
+    keys = [calls_key(parse_calls(text).calls, sample.tools) for text in fitting]
+    most = max(keys, key=keys.count, default=None)              # the first among equals
+    votes = keys.count(most)
+    if votes >= agree:
+        return Label(fitting[keys.index(most)], votes, "", texts)
+    reasons = [reason for reason in reasons if reason] or [f"fewer than {agree} calls agree"]
+    return Label("", votes, max(reasons, key=reasons.count), texts)
 
 
 def label_drafts(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[Label]:
-    """The labels of drafts. joint: what was written with the request. request: the majority of
-    LABELS sampled answers to it."""
+    """joint: what was written with the request. request: what most of LABELS answers to it call."""
     if config.pair == "joint":
         return [Label(d.rest, 1, check_text(d.rest, d.sample)) for d in drafts]
     texts = sample_labels(writer, drafts, attempt, config)
@@ -258,7 +231,7 @@ def write_drafts(writer: Writer, todo: Sequence[tuple[Sample, Found]], attempt: 
         line, _, rest = text.strip().partition("\n")
         request = line.strip().removesuffix('"').strip()
         reason = check_request(request, request_text(sample))
-        if not reason and any(request == pair.request for pair in found.pairs):
+        if request in [pair.request for pair in found.pairs]:
             reason = "copy of an earlier pair"
         if reason:
             found.rejected.append(Rejected(text, reason))
@@ -267,15 +240,12 @@ def write_drafts(writer: Writer, todo: Sequence[tuple[Sample, Found]], attempt: 
     return drafts
 
 
-def synthesize(writer: Writer, samples: Sequence[Sample], config,
-               label=label_drafts) -> list[Found]:
+def synthesize(writer: Writer, samples: list[Sample], config, label=label_drafts) -> list[Found]:
     """For each sample up to K pairs (x', y') and the tries that failed, at most TRIES a pair."""
     found = {sample.id: Found(sample.id) for sample in samples}
     for attempt in range(TRIES * config.k):
         todo = [(x, found[x.id]) for x in samples if len(found[x.id].pairs) < config.k]
-        if not todo:
-            break
-        drafts = write_drafts(writer, todo, attempt, config)
+        drafts = write_drafts(writer, todo, attempt, config) if todo else []
         answers = label(writer, drafts, attempt, config) if drafts else []
         for draft, answer in zip(drafts, answers):
             own = found[draft.sample.id]

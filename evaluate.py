@@ -135,6 +135,11 @@ def read_run(folder: Path) -> Run:
     return Run(folder, _read(dict, config, str(paths[0])), records)
 
 
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of `runs/*`, where the kept stages lie beside them."""
+    return [read_run(folder) for folder in folders if folder.name != "stages"]
+
+
 def _read(kind: type, content: bytes, where: str) -> object:
     try:
         return _typed(kind, json.loads(content), "a JSON object")
@@ -289,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="the summaries, {run: {name: value}}")
     args = parser.parse_args(argv)
     try:
-        runs = [read_run(folder) for folder in args.runs]
+        runs = read_runs(args.runs)
         if args.json:
             print(json.dumps({str(run.folder): summarise(run.records) for run in runs}, indent=2))
         elif args.sample is None:

@@ -58,7 +58,7 @@ def new_params(model: nn.Module, rank: int, generators: Sequence[torch.Generator
 @contextmanager
 def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[torch.Tensor]]:
     """Within the block the model's layers have the adapters of `params` beside them; afterwards,
-    also after an exception, the very layers of before are back. Gives the tensors to train."""
+    also after an exception, the original layers are restored. Gives the tensors to train."""
     layers = dict(model.named_modules())
     if any(isinstance(layer, LoRALinear) for layer in layers.values()):
         raise RuntimeError("the model has adapters already: leave the inner block first")

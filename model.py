@@ -251,7 +251,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False      # in training keep but each block's input (Chen et al. 2016)
+        self.checkpointing = False      # training keeps only each block's input (Chen et al. 2016)
         self.model = nn.ModuleDict({        # the checkpoint's prefix
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
@@ -377,7 +377,7 @@ class Tokenizer:
             raise ValueError(f"{folder}: tokenizer.json lacks <|im_start|> and <|im_end|> (ChatML)")
         generation = folder / "generation_config.json"
         config = read_json(generation if generation.is_file() else folder / "config.json")
-        eos = config.get("eos_token_id", self.im_end)
+        eos = config.get("eos_token_id") or self.im_end
         self.eos: frozenset[int] = frozenset(eos if isinstance(eos, list) else [eos])
 
     @cached_property
@@ -397,8 +397,9 @@ class Tokenizer:
         return self.bpe.decode(list(ids), skip_special_tokens=False)
 
     def chat(self, messages: Sequence[dict], generate: bool = True) -> list[int]:
-        """Token ids of {"role": "system" | "user" | "assistant", "content": str} messages, as
-        the checkpoint's own Jinja template gives them. generate: open the assistant's turn."""
+        """Token ids of {"role": "system" | "user" | "assistant", "content": str} messages, the
+        system's first, as the checkpoint's own Jinja template gives them. generate: open the
+        assistant's turn."""
         ids = []
         for message in messages:
             turn = self.encode(f"{message['role']}\n{message['content']}")

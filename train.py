@@ -44,7 +44,6 @@ from uncertainty import PrefixCaches, score_candidates, softmax_difference
 
 TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
-WARMUP = 0.03           # paper: the share of the steps that warm up
 BATCH_TOKENS = 1 << 15  # on a GPU: of the prompts of a batch
 RUN, HOW = "what to run", "how to run it"
 
@@ -105,6 +104,8 @@ class Config:
             raise ValueError("--method ttd and --teacher need each other")
         if ("://" in self.teacher) != bool(self.teacher_model):
             raise ValueError("--teacher URL and --teacher-model NAME need each other")
+        if self.fresh and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("--fresh: one process alone can forget what all have kept")
 
 
 @dataclass
@@ -192,11 +193,12 @@ def answer_loss(model: Qwen2, batch: Sequence[Example], prefix: KVCache | None) 
     return torch.stack(losses)
 
 
-def schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int, warmup: float = 0.03) -> float:
     """The share of the peak learning rate at a step (from 0): a linear warm-up, then a cosine."""
+    # paper: 3 % of the steps warm up.
     # ours: the warm-up is rounded down. The usual scheduler rounds it up to a whole step of
     # learning rate 0, which of five steps would be one that does nothing.
-    warm = int(WARMUP * steps)
+    warm = int(warmup * steps)
     if step < warm:
         return step / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
@@ -353,8 +355,8 @@ class Kept:
         self.lines: dict[str, dict] = {}            # file name of a stage -> sample id -> line
 
     def __call__(self, stage: Stage, samples: Sequence[Sample], compute: Callable) -> dict:
-        """The lines of the samples by id; compute gives those that are not there. KeyError where
-        there are such and nothing is to be computed."""
+        """The lines of the samples by id; compute gives those that are not there. KeyError if a
+        line is missing and computing is off."""
         key = json.dumps({"key": stage.key(self.known)})
         name = f"{stage.name}-{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
         if name not in self.lines:
@@ -386,12 +388,13 @@ class Kept:
                 file.unlink()
                 continue
             for number, text in enumerate(file.read_bytes().split(b"\n")[1:], 2):
+                if not text:
+                    continue
                 try:
-                    line = stage.line(**json.loads(text or b"{}"))
+                    line = stage.line(**json.loads(text))
                     lines[line.id] = line
                 except (ValueError, TypeError):
-                    if text:
-                        print(f"{file}, line {number}: is torn; its sample is computed again")
+                    print(f"{file}, line {number}: is torn; its sample is computed again")
         return lines
 
 
@@ -441,7 +444,7 @@ def choose(config: Config) -> Config:
                    lr=config.lr or (TINY_LR if model == "tiny" else 1e-4))
 
 
-def load_writer(name: str, config: Config) -> LocalWriter:
+def load_local(name: str, config: Config) -> LocalWriter:
     """A model with its tokenizer and caches: the agent's own, or a teacher's."""
     folder = TINY if name == "tiny" else qwen.find_checkpoint(name, config.offline)
     if name == "tiny":
@@ -458,14 +461,14 @@ def set_up(config: Config) -> tuple[Agent, list[Sample]]:
     seen = json.dumps([asdict(sample.without_answers()) for sample in samples])
     samples = samples[:config.limit or None]
     try:
-        me = writer = load_writer(config.model, config)
+        me = writer = load_local(config.model, config)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
     weights, who = fingerprint(me.model), "the model"
     if config.teacher_model:
         writer, who = ServerWriter(config.teacher, config.teacher_model), config.teacher_model
     elif config.teacher:
-        writer = load_writer(config.teacher, config)
+        writer = load_local(config.teacher, config)
         who = fingerprint(writer.model)
     longest, id = max((len(me.tokenizer.chat(call_prompt(x))), x.id) for x in samples)
     if longest + config.max_new_tokens > me.model.config.max_position_embeddings:

@@ -1,7 +1,5 @@
 """A tool call: read from a model's text, checked against a tool's schema, compared with another.
-
-Text from a model is data: it is parsed as JSON, or as a Python call through `ast`, never evaluated.
-"""
+The text is data: it is parsed as JSON, or as a Python call through `ast`, never evaluated."""
 import ast
 import json
 import math
@@ -29,11 +27,10 @@ class Parsed:
     """The calls in a text, and how far the text is from the form asked for."""
     calls: tuple[Call, ...]
     strict: bool        # the text is the form asked for and nothing else
-    recovery: str       # "" if strict, "unparsable" if no answer, else the first thing forgiven
+    recovery: str       # "" if strict, "unparsable" if no answer, else what was forgiven
 
 
 # --- Reading: text -> calls -----------------------------------------------------------------------
-_UNREADABLE = (SyntaxError, TypeError, ValueError)
 # A quoted text. One that never closes goes on to the end, so that each search takes linear time.
 _STRING = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)""", re.S)
 _TOKEN = re.compile(_STRING.pattern + r"|[][{}()]", re.S)
@@ -46,12 +43,11 @@ _KEYS = {"name": "name", "tool": "name", "function": "name",
 
 
 def _outermost(text: str) -> tuple[list[str], str]:
-    """The outermost {...} and [...] of a text, and the text around them with "{" for each; nothing
-    if one never closes or is too deep."""
+    """The outermost {...} and [...], and what is around, with "{" for each; none if one is open."""
     values, around, end = [], "", 0
     while opening := _OPENING.search(text, end):
         start, depth = opening.start(), 0
-        for token in _TOKEN.finditer(text, start):      # outside brackets, a quotation mark is prose
+        for token in _TOKEN.finditer(text, start):   # outside brackets, 5" is prose
             depth += (token[0] in "{[(") - (token[0] in "}])")
             if depth == 0 or depth > MAX_DEPTH:
                 break
@@ -77,15 +73,17 @@ def _plain(value: object) -> object:
     return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode().decode())
 
 
-def _read(text: str) -> tuple[object, str]:
-    """The list or object that a text is (None if it is neither), and what was forgiven."""
-    text = text.strip()
-    for how in ("", "python notation") if _outermost(text)[1] == "{" else ():
+def _read(text: str) -> tuple[object, bool]:
+    """The list or object that a text is, None if it is neither; and whether it is JSON."""
+    if _outermost(text)[1] != "{":
+        return None, False
+    for is_json in (True, False):
         try:
-            return _plain(ast.literal_eval(_checked(text)) if how else json.loads(text)), how
-        except _UNREADABLE:
+            value = json.loads(text) if is_json else ast.literal_eval(_checked(text))
+            return _plain(value), is_json
+        except (SyntaxError, TypeError, ValueError):
             continue
-    return None, ""
+    return None, False
 
 
 def _as_call(value: object) -> Call:
@@ -98,7 +96,7 @@ def _as_call(value: object) -> Call:
     parts = {_KEYS.get(key): value[key] for key in keys}
     name, arguments = parts.get("name"), parts.get("arguments")
     if isinstance(arguments, str):
-        arguments = _read(arguments)[0]
+        arguments = _read(arguments.strip())[0]
     if len(keys) != 2 or not (name and isinstance(name, str) and isinstance(arguments, dict)):
         raise ValueError("not a name and arguments")
     return Call(name, arguments)
@@ -123,47 +121,42 @@ def _json_calls(text: str) -> tuple[list[Call], str]:
     """The calls of a text; ValueError if any of its objects and lists is none."""
     values, around = _outermost(text)
     calls, asked = [], re.fullmatch(r"(<tool_call>\s*\{\s*</tool_call>\s*)+", around)
-    for value, how in map(_read, values):
+    for value, is_json in map(_read, values):
         found = [_as_call(item) for item in (value if isinstance(value, list) else [value])]
-        asked = asked and not how and [asdict(call) for call in found] == [value]
+        asked = asked and is_json and [asdict(call) for call in found] == [value]
         calls += found
     return calls, "" if asked else "other form"
 
 
 def _block_calls(text: str) -> tuple[list[Call], str]:
     """The calls in closed blocks, whatever brackets the prose has; ValueError for half a call."""
-    calls = []
     prose, *parts = text.split("<tool_call>")
+    found = []
     for part in parts:
         body, closing, after = part.partition("</tool_call>")
-        found = parse_calls(body).calls
-        if not found or not closing:
-            raise ValueError("a block without a call")
-        calls += found
+        found.append(parse_calls(body).calls if closing else ())
         prose += after
-    if re.search(rf"""\{{\s*['"]({"|".join(_KEYS)})['"]""", prose):
-        raise ValueError("a call begins outside the blocks")
-    return calls, "other form"
+    if not all(found) or re.search(rf"""\{{\s*['"]({"|".join(_KEYS)})['"]""", prose):
+        raise ValueError("a block without a call, or a call outside the blocks")
+    return [call for calls in found for call in calls], "other form"
 
 
 def parse_calls(text: str) -> Parsed:
     """The calls in a model's answer. It never raises, and takes time linear in the text's length.
 
     Strict is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
-    times. Recoveries: "python notation" (`f(a=1)`) and "other form" (prose around it, fenced code,
-    bare JSON, a list, other keys, arguments as text). An empty text and "[]" say that no call is
-    needed; any other text without calls is "unparsable": it says nothing, so it is never right.
-    """
+    times. Recoveries: "python notation" and "other form" (prose, fences, a list, other keys, ...).
+    "" and "[]" say that no call is needed. Any other text without calls is never right."""
     text = text.strip()
     if re.fullmatch(r"(\[\s*\])?", text):
         return Parsed((), text == "", "other form" if text else "")
-    # ours: half an answer is no answer: a reader that cannot read one object or block reads none.
-    # Python comes first: in f(user={"name": ..., "arguments": ...}), the call is of f.
+    # ours: half an answer is no answer. If one object or block cannot be read, none is.
+    # Python notation comes first: in f(user={"name": ..., "arguments": ...}), the call is of f.
     readers = (_python_calls, _json_calls, _block_calls)
     for read in readers if len(text) <= MAX_CHARS else ():
         try:
             calls, recovery = read(text)
-        except _UNREADABLE:
+        except (SyntaxError, TypeError, ValueError):
             continue
         if calls:
             return Parsed(tuple(calls), not recovery, recovery)
@@ -181,26 +174,17 @@ def _kind(schema: dict) -> str:
     return _KINDS.get(re.split(r"\W", str(schema.get("type")).lower(), maxsplit=1)[0], "")
 
 
-def _items(schema: dict) -> dict:
-    """What is declared of a list's items, in "items" or in a type like `list(str)`; else {}."""
-    written = re.fullmatch(r"(?:list|array)\W(.*)\W", str(schema.get("type")).lower())
-    items = schema.get("items", {"type": written[1]} if written else {})
-    return items if isinstance(items, dict) else {}
-
-
 def marked_arguments(tool: dict) -> frozenset[str] | None:
     """The arguments marked as required, each or in a list beside; None if the tool has no marks."""
-    parameters = tool.get("parameters", {})
+    parameters, listed = tool.get("parameters", {}), tool.get("required", ())
     if "required" not in tool and not any("required" in p for p in parameters.values()):
         return None
-    listed = tool.get("required", ())
     return frozenset(n for n, p in parameters.items() if p.get("required") is True or n in listed)
 
 
 def required_arguments(tool: dict) -> frozenset[str]:
     """The names of the arguments that a call of the tool must give."""
-    marked = marked_arguments(tool)
-    if marked is not None:
+    if (marked := marked_arguments(tool)) is not None:
         return marked
     # ours: a tool that marks nothing requires each parameter that has no default and is not said to
     # be "[Optional]". API-Bank's tools mark nothing; 248 of their 258 gold calls give every one.
@@ -211,12 +195,8 @@ def required_arguments(tool: dict) -> frozenset[str]:
 def _given(call: Call, tool: dict) -> dict:
     """The arguments that a call gives; if not marked as required, "" and null mean absent."""
     optional = tool.get("parameters", {}).keys() - (marked_arguments(tool) or ())
-    given = {}
-    for name, value in call.arguments.items():
-        empty = value is None or (isinstance(value, str) and not value.strip())
-        if not (empty and name in optional):
-            given[name] = value
-    return given
+    return {name: value for name, value in call.arguments.items()
+            if name not in optional or value_key(value, {})[1] not in (None, "")}
 
 
 def check_call(call: Call, tools: Sequence[dict]) -> str:
@@ -243,11 +223,9 @@ def check_call(call: Call, tools: Sequence[dict]) -> str:
 
 # --- Comparing: two calls are equal if and only if their keys are ---------------------------------
 def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashable]:
-    """What a value means under its schema: ("number", Decimal("5")) for 5, 5.0 and "5".
-
-    A text is read as what is declared, or as a number or boolean where no type is, as inside an
-    object. Where a string is declared, both are their JSON text. Booleans are never numbers.
-    """
+    """What a value means under its schema: ("number", Decimal("5")) for 5, 5.0 and "5". A text is
+    read as what is declared, or as a number or boolean where no type is, as inside an object. Where
+    a string is declared, both are their JSON text. Booleans are never numbers."""
     kind = _kind(schema)
     if isinstance(value, str):
         text = unicodedata.normalize("NFC", value).strip()
@@ -271,7 +249,10 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
         return "null", None
     if isinstance(value, dict):
         return "object", frozenset((k, value_key(v, {}, depth + 1)) for k, v in value.items())
-    return "array", tuple(value_key(item, _items(schema), depth + 1) for item in value)
+    written = re.fullmatch(r"(?:list|array)\W(.*)\W", str(schema.get("type")).lower())
+    items = schema.get("items", {"type": written[1]} if written else {})
+    items = items if isinstance(items, dict) else {}        # in "items" or in a type `list(str)`
+    return "array", tuple(value_key(item, items, depth + 1) for item in value)
 
 
 def call_key(call: Call, tools: Sequence[dict]) -> tuple[str, frozenset]:
@@ -280,9 +261,8 @@ def call_key(call: Call, tools: Sequence[dict]) -> tuple[str, frozenset]:
     parameters = tool.get("parameters", {})
     defaults = {name: schema["default"] for name, schema in parameters.items()
                 if schema.get("default") not in (None, "")}
-    values = defaults | _given(call, tool)
     return call.name, frozenset((name, value_key(value, parameters.get(name, {})))
-                                for name, value in values.items())
+                                for name, value in (defaults | _given(call, tool)).items())
 
 
 def calls_key(calls: Sequence[Call], tools: Sequence[dict]) -> Hashable:

@@ -15,7 +15,7 @@ matplotlib.use("Agg")                   # draw into files; no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from evaluate import Run, printable, read_run
+from evaluate import Run, printable, read_runs
 from research.scores import (choices, cross_fitted, cumulative, gain_budget, ranking, reliability,
                              risk_coverage, scores_of, tokenizer_of, wrong_and_gain)
 
@@ -138,9 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--into", type=Path, default=Path("plots"), help="the folder for the files")
     args = parser.parse_args(argv)
     try:
-        for folder in args.runs:
-            into = args.into if len(args.runs) == 1 else args.into / folder.name
-            print(*draw(read_run(folder), into), sep="\n")
+        for run in read_runs(args.runs):
+            into = args.into if len(args.runs) == 1 else args.into / run.folder.name
+            print(*draw(run, into), sep="\n")
     except (ValueError, OSError) as error:
         print(f"research.pictures: error: {printable(str(error))}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import binomtest, norm, permutation_test
 
 from data.calls import Call, parse_calls
-from evaluate import PAPER_GAIN, Record, Run, printable, read_run
+from evaluate import PAPER_GAIN, Record, Run, printable, read_runs
 from research.scores import grid, interval, meaning
 
 # The paper's figures, in percent: Qwen2.5-1.5B-Instruct, whole benchmarks, means of 5 seeds.
@@ -486,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="all figures; shares in [0, 1]")
     args = parser.parse_args(argv)
     try:
-        runs = [read_run(folder) for folder in args.runs]
+        runs = read_runs(args.runs)
         if args.json:               # JSON has no NaN: null in its place
             found = json.dumps(figures(grouped(runs)))
             print(json.dumps(json.loads(found, parse_constant=lambda _: None), indent=1))

@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_curve
 
 from data.calls import calls_key, parse_calls
-from evaluate import Record, Run, printable, read_run
+from evaluate import Record, Run, printable, read_runs
 from model import Tokenizer, find_checkpoint, seeded
 from uncertainty import softmax_difference
 
@@ -516,13 +516,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=1000, help="resamples for the intervals")
     args = parser.parse_args(argv)
     try:
-        reports = [report(read_run(folder), args.times) for folder in args.runs]
+        runs = read_runs(args.runs)
+        reports = [report(run, args.times) for run in runs]
     except (ValueError, OSError) as error:
         print(f"research.scores: error: {printable(str(error))}", file=sys.stderr)
         return 2
     print("\n\n".join(text for text, _ in reports))
     if len(reports) > 1:
-        rows = [["score", *(printable(folder.name) for folder in args.runs)]]
+        rows = [["score", *(printable(run.folder.name) for run in runs)]]
         for name in SCORES:
             cells = [aurocs.get(name, "-") for _, aurocs in reports]
             rows += [[name, *cells]] if set(cells) != {"-"} else []

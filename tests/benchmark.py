@@ -112,7 +112,8 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
         writer([(call_prompt(sample), "")], NEW, config.temperature, config.top_p, keys)
     clock("pair", 2 * NEW, pair)
     tokenizer.eos = eos
-    for adapt, prompt, prefix in (("full", head + rest, None), ("suffix", rest, prefixes.read(head))):
+    tools = prefixes.read(head)
+    for adapt, prompt, prefix in (("full", head + rest, None), ("suffix", rest, tools)):
         params = new_params(model, config.rank, [seeded("lora")])
         with adapters(model, params, config.alpha) as tensors:
             example = [[(prompt, target)]]
@@ -183,13 +184,13 @@ def together(model: Qwen2, tokenizer: Tokenizer, samples: list, size: int, confi
         clock("together", 0, lambda: fit(rows))
         clock("one by one", 0, lambda: [fit([row]) for row in rows])
     at_once, alone = min(clock.seconds["together"]), min(clock.seconds["one by one"])
-    print(f"{size} samples adapted, full: {at_once:.2f} s together, {alone:.2f} s one after another: "
-          f"{alone / at_once:.1f}x")
+    print(f"{size} samples adapted, full: {at_once:.2f} s together, {alone:.2f} s one after "
+          f"another: {alone / at_once:.1f}x")
 
 
 @torch.no_grad()
 def fast_paths(model: Qwen2) -> None:
-    """Print how much faster the parts that have a plain twin are, 573 tokens read: medians of 30."""
+    """Print how much faster parts with a plain twin are, 573 tokens read: medians of 30."""
     c, device, dtype = model.config, model.device, model.model.norm.weight.dtype
     G, H, S = c.num_key_value_heads, c.num_attention_heads, 573
     K = c.hidden_size // H
@@ -228,7 +229,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     for _ in range(5):
         clock("product", 0, lambda: a @ a)
         clock("memory", 0, lambda: big.add_(1))
-    return 2 * 2048 ** 3 / min(clock.seconds["product"]), 8 * big.numel() / min(clock.seconds["memory"])
+    product, memory = min(clock.seconds["product"]), min(clock.seconds["memory"])
+    return 2 * 2048 ** 3 / product, 8 * big.numel() / memory
 
 
 def report(model: Qwen2, here: Clock, there: Clock) -> None:
@@ -240,7 +242,8 @@ def report(model: Qwen2, here: Clock, there: Clock) -> None:
     size = weights * model.model.norm.weight.element_size()
     for stage in [stage for stage in there.seconds if "full" in stage]:      # it has but one way
         there.seconds[stage.replace("full", "suffix")] = there.seconds[stage]
-    print(f"{'stage':24}{'ours, s':>10}{'plain, s':>10}{'ratio':>8}{'tokens/s':>10}{'of the ceiling':>16}")
+    head = f"{'stage':24}{'ours, s':>10}{'plain, s':>10}{'ratio':>8}{'tokens/s':>10}"
+    print(head + f"{'of the ceiling':>16}")
     for stage in here.seconds or there.seconds:
         spent = (here if here.seconds else there).median(stage)
         tokens = (here if here.seconds else there).tokens[stage]

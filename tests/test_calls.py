@@ -1,5 +1,4 @@
 """How a call is read, checked and compared, and what an answer is worth (evaluate.exact_match)."""
-import json
 import math
 import os
 import time
@@ -11,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 import data
 import evaluate
 from data import Sample, call_text
-from data.calls import (MAX_CHARS, MAX_DEPTH, Call, Parsed, call_key, calls_key, check_call,
+from data.calls import (MAX_CHARS, MAX_DEPTH, Call, Parsed, calls_key, check_call,
                         equal_calls, equal_values, parse_calls, required_arguments)
 from evaluate import exact_match
 
@@ -47,32 +46,27 @@ BLOCK = f"<tool_call>\n{ONE}\n</tool_call>"
 ONE_CALL = (Call("f", {"a": 1}),)
 UNPARSABLE = Parsed((), False, "unparsable")
 FORGIVEN = {
-    "unclosed block": [f"<tool_call>\n{ONE}", f"{BLOCK}\n<tool_call>{ONE}"],
-    "surrounding text": [
-        f"Sure, it is 5\" tall:\n{BLOCK}", f"{BLOCK}\nDone.", f"{BLOCK}\nand\n{BLOCK}",
-        f"<tool_call> </tool_call>\n{BLOCK}", f"<tool_call>\n{ONE}}}\n</tool_call>",
-        f"{BLOCK} or {ONE}", f"{ONE}\n</tool_call>"],
-    "fenced code": [f"```json\n{ONE}\n```", f"<tool_call>\n```\n{ONE}\n```\n</tool_call>"],
-    "bare list": [f"[{ONE}, {ONE}]"], "list": [f"<tool_call>\n[{ONE}]\n</tool_call>"],
-    "bare object": [ONE], "several objects": [f"{ONE}\n{ONE}", f"{ONE}, {ONE}", f"{ONE}{ONE}"],
-    "arguments as text": [BLOCK.replace('{"a": 1}', r'"{\"a\": 1}"')],
-    "other keys": [
+    "other form": [
+        f"<tool_call>\n{ONE}", f"{BLOCK}\n<tool_call>{ONE}", f"Sure, it is 5\" tall:\n{BLOCK}",
+        f"{BLOCK}\nand\n{BLOCK}", f"<tool_call> </tool_call>\n{BLOCK}", f"{BLOCK} or {ONE}",
+        f"<tool_call>\n{ONE}}}\n</tool_call>", f"{ONE}\n</tool_call>", f"```json\n{ONE}\n```",
+        f"<tool_call>\n```\n{ONE}\n```\n</tool_call>", f"[{ONE}, {ONE}]", ONE, f"{ONE}, {ONE}",
+        f"<tool_call>\n[{ONE}]\n</tool_call>", BLOCK.replace('{"a": 1}', r'"{\"a\": 1}"'),
         BLOCK.replace("arguments", "parameters"), BLOCK.replace("arguments", "args"),
         BLOCK.replace("name", "tool"), BLOCK.replace("name", "function"),
         BLOCK.replace('{"name"', '{"id": 7, "type": "function", "name"'),
         BLOCK.replace(ONE, f'{{"type": "function", "function": {ONE}}}'),
-        BLOCK.replace(ONE, r'{"function": {"name": "f", "arguments": "{\"a\": 1}"}, "id": 7}')],
+        BLOCK.replace(ONE, r'{"function": {"name": "f", "arguments": "{\"a\": 1}"}, "id": 7}'),
+        "<tool_call>{'name': 'f', 'arguments': {'a': 1}}</tool_call>"],
     "python notation": [
-        "<tool_call>{'name': 'f', 'arguments': {'a': 1}}</tool_call>", "f(a=1)",
-        "[f(a=1), f(a = 1)]", "f(a=1)\n  f(\n  a=1)", "<tool_call>\nf(a=1)\n</tool_call>",
-        "```python\nf(a=1)\n```"],
+        "f(a=1)", "[f(a=1), f(a = 1)]", "f(a=1)\n  f(\n  a=1)", "```python\nf(a=1)\n```",
+        "<tool_call>\nf(a=1)\n</tool_call>"],
 }
 
 
-@pytest.mark.parametrize("text, count", [
-    (BLOCK, 1), (f"\n {BLOCK}\n{BLOCK} ", 2), (f"<tool_call>{ONE}</tool_call>" * 3, 3)])
-def test_closed_blocks_and_nothing_else_are_strict(text, count):
-    assert parse_calls(text) == Parsed(ONE_CALL * count, True, "")
+def test_closed_blocks_and_nothing_else_are_strict():
+    for text in (f"{BLOCK}\n{BLOCK}", f"\n<tool_call>{ONE}</tool_call>{BLOCK} "):
+        assert parse_calls(text) == Parsed(ONE_CALL * 2, True, "")
 
 
 @pytest.mark.parametrize("recovery, text", [(r, text) for r in FORGIVEN for text in FORGIVEN[r]])
@@ -85,7 +79,7 @@ def test_what_is_forgiven_is_named_and_never_strict(recovery, text):
 @pytest.mark.parametrize("prose", ["As {} in [1]: ", "[as said, 5\" ", "{x: 1} ", "[", "]}"])
 def test_brackets_in_the_prose_beside_closed_blocks_are_prose(prose):
     for text in (prose + BLOCK, f"{BLOCK}\n{prose}", f"{prose}<tool_call>f(a=1)</tool_call>"):
-        assert parse_calls(text) == Parsed(ONE_CALL, False, "surrounding text")
+        assert parse_calls(text) == Parsed(ONE_CALL, False, "other form")
     assert parse_calls(BLOCK + prose + BLOCK).calls == ONE_CALL * 2
 
 
@@ -103,17 +97,13 @@ def test_a_python_call_has_the_values_of_json():
     assert parsed.calls == (Call("f", arguments),)
 
 
-@pytest.mark.parametrize("value", [
-    {"name": "Bob"}, {"name": "Bob", "arguments": {"a": 1}}, [{"name": "Bob"}], ONE])
-def test_what_stands_inside_a_python_call_is_its_argument_and_no_call(value):
-    assert read(f"create(user={value!r})") == (Call("create", {"user": value}),)
-    assert read('create(user={"name": "Bob"})') == (Call("create", {"user": {"name": "Bob"}}),)
+def test_what_stands_inside_a_python_call_is_its_argument_and_no_call():
+    for value in ({"name": "Bob"}, {"name": "Bob", "arguments": {"a": 1}}, [{"name": "Bob"}], ONE):
+        assert read(f"create(user={value!r})") == (Call("create", {"user": value}),)
 
 
 def test_a_call_may_have_no_arguments_but_not_lack_them():
-    now = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
-    assert parse_calls(now) == Parsed((Call("now"),), True, "")
-    assert parse_calls("now()").calls == (Call("now"),)
+    assert parse_calls(call_text([Call("now")])) == Parsed((Call("now"),), True, "")
     assert parse_calls('<tool_call>{"name": "now"}</tool_call>') == UNPARSABLE
 
 
@@ -124,28 +114,23 @@ def test_the_tags_are_plain_text_inside_an_argument():
 
 def test_no_text_and_an_empty_list_say_that_there_is_nothing_to_call():
     assert parse_calls(call_text(())) == parse_calls(" \n") == Parsed((), True, "")
-    assert parse_calls("[]") == parse_calls("[ ]\n") == Parsed((), False, "bare list")
+    assert parse_calls("[]") == parse_calls("[ ]\n") == Parsed((), False, "other form")
 
 
 @pytest.mark.parametrize("text", [
-    "no call", "{", "{}", "null", "5", '"f"', "<tool_call></tool_call>", "<tool_call>", "\0",
-    "\ud800", "none: []", "[] []", "[1]", f"[[{ONE}]]", f"[{ONE}, 1]", ONE[:-1], f'{ONE}{{"a": 1}}',
+    "no call", "{", "{}", "5", "<tool_call></tool_call>", "<tool_call>", "\0", "\ud800", "none: []",
+    "[1]", f"[[{ONE}]]", f"[{ONE}, 1]", ONE[:-1], f'{ONE}{{"a": 1}}', f'{{"f": {ONE}}}',
     *(f'{{"name": {name}, "arguments": {{}}}}' for name in ('""', "3", "null", "[]")),
     *(f'{{"name": "f", "arguments": {value}}}' for value in ("3", '"x"', "null", "[]")),
     *(f'{{"name": "f", "arguments": {{"a": {value}}}}}' for value in (
-        "NaN", "-Infinity", "1e999", "9" * 10000, r'"\ud800"')),
-    '{"name": "f"}', '{"arguments": {}}', '{"name": "f", "tz": 1}', f'{{"f": {ONE}}}',
-    *(ONE[:-1] + f', "{key}": {{}}}}' for key in ("tz", "description", "tool", "args", "function")),
-    f'{{"function": {ONE}, "x": 1}}', '{"name": "f", "description": "", "parameters": {}}',
-    "f(1)", "f(a=g())", "f(a=b)", "f(**{'a': 1})", "f(a=1+1)", "f(a={1, 2})", "f(a=b'x')",
-    "f(a=1j)", "f(a=...)", "f", "x = f()", "o.f(a=1)", "f()()", "f(a='\0')", "import os",
-    "__import__('os').system('true')", "f(a='\\d')", 'f(a="""x""")', f"f(a={'(' * 40}1{')' * 41}"])
+        "NaN", "1e999", "9" * 10000, r'"\ud800"')),
+    *(ONE[:-1] + f', "{key}": {{}}}}' for key in ("tz", "tool", "args", "function")),
+    '{"arguments": {}}', f'{{"function": {ONE}, "x": 1}}',
+    "f(1)", "f(a=g())", "f(a=b)", "f(**{'a': 1})", "f(a=1+1)", "f(a={1, 2})", "f(a=b'x')", "f",
+    "x = f()", "o.f(a=1)", "f()()", "f(a='\0')", "import os", "__import__('os').system('true')",
+    "f(a='\\d')", 'f(a="""x""")', f"f(a={'(' * 40}1{')' * 41}"])
 def test_what_is_no_call_is_unparsable(text):
     assert parse_calls(text) == UNPARSABLE
-
-
-def test_of_a_key_given_twice_the_last_counts():
-    assert parse_calls(ONE.replace('"a"', '"a": 2, "a"')).calls == ONE_CALL
 
 
 def test_arguments_may_nest_as_deep_as_the_limit_and_no_deeper():
@@ -157,9 +142,8 @@ def test_arguments_may_nest_as_deep_as_the_limit_and_no_deeper():
 
 
 @pytest.mark.parametrize("piece", [
-    "{", "[", "(", "}", "{}", "[]", "[1]", "{a}", '"', "'", '\\"', "['", '["\\"', "<tool_call>",
-    "```", " ", "\0", "-", "f()", "f(", "a=", "not ", "[0]", "a.", "lambda:", '{"a":', ONE, BLOCK,
-    "9", "é", "<tool_call>\\\"'", '<tool_call>[\\"]['])
+    "{", "[", "(", "}", "[]", '"', "'", '\\"', "['", '["\\"', "<tool_call>", "```", " ", "\0",
+    "f()", "f(", "not ", "a.", '{"a":', ONE, BLOCK, "9", "<tool_call>\\\"'", '<tool_call>[\\"]['])
 def test_reading_takes_linear_time_whatever_is_repeated(piece):
     for size in (480, MAX_CHARS, 10 ** 6):
         text = piece * (size // len(piece))
@@ -171,28 +155,23 @@ def test_reading_takes_linear_time_whatever_is_repeated(piece):
 
 # --- Checking -------------------------------------------------------------------------------------
 
-def test_required_is_marked_for_each_parameter_or_in_a_list_beside():
-    assert required_arguments(WEATHER) == {"city"} and required_arguments(RATE) == {"amount"}
+def test_required_is_what_is_marked_in_either_way_or_without_marks_what_has_no_default():
+    assert [required_arguments(t) for t in TOOLS] == [{"city"}, {"amount"}, set(), {"text"}]
     for marks in ({"parameters": {"a": {"required": False}, "b": {}}},
                   {"parameters": {"a": {}}, "required": []}):
         assert required_arguments({"name": "t"} | marks) == set()
 
 
-def test_a_tool_without_marks_requires_what_has_no_default_and_is_not_described_as_optional():
-    assert required_arguments(UNMARKED) == {"text"} and required_arguments(NOW) == set()
-
-
 CHECKS = {
-    "": ["weather(city='Paris')", "now()", "rate(amount=3)", "weather(city='Paris', days=5.0)",
+    "": ["now()", "rate(amount=3)", "weather(city='Paris', days=5.0)", "weather(city=True)",
          "weather(city='', days='5', metric='true')", "weather(city='Paris', days=None, metric='')",
-         "rate(amount='2.5', tags=\"['a']\", more='{\"b\": 1}', any=[{}])",
-         "weather(city=5)", "weather(city=True)", "weather(city=None)", "rate(amount=None)",
+         "rate(amount='2.5', tags=\"['a']\", more='{\"b\": 1}', any=[{}])", "weather(city=None)",
          "translate(text='a', of='', to=None)"],
     "unknown tool": ["Weather(city='Paris')"],
     "missing argument: city": ["weather(days=1)"],
     "missing argument: text": ["translate()", "translate(text=' ')", "translate(text=None)"],
     "unknown argument: wind": ["weather(city='Oslo', wind=1)", "weather(city='Oslo', wind=None)"],
-    "wrong type: city": ["weather(city=['Paris'])", "weather(city={})"],
+    "wrong type: city": ["weather(city=['Paris'])"],
     "wrong type: days": [f"weather(city='', days={value})" for value in (1.5, "'two'", True, [1])],
     "wrong type: metric": ["weather(city='Paris', metric=1)"],
     "wrong type: amount": ["rate(amount='')", "rate(amount='nan')", "rate(amount=True)"],
@@ -206,40 +185,30 @@ def test_check_call_names_the_first_thing_that_breaks_the_schema(reason, text):
     assert [check_call(call, TOOLS) for call in read(text)] == [reason]
 
 
-def test_a_number_that_is_none_is_of_a_wrong_type():
-    assert check_call(Call("rate", {"amount": math.nan}), TOOLS) == "wrong type: amount"
-
-
 # --- Comparing ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("type_, same", [
-    ("integer", ["5", 5, 5.0, " 5.0 ", "5e0", "50e-1"]), ("float", [2.5, "2.5", "2.50"]),
-    ("int", [10 ** 5000, 10 ** 5000]), ("boolean", [True, "true", "True "]),
-    ("bool", [False, "false"]), ("string", ["é ", "e\u0301"]), ("str", ["2", 2, 2.0]),
-    ("string", ["true", True]), ("str", [0.1, "0.1"]), ("number", ["ten", " ten"]),
-    ("list", [["a", 1], "['a', 1]", '["a", "1"]', "['a', 1.0]"]),
-    ("list(str)", [["2", "true"], [2, True], "['2', 'true']"]), ("List[int]", [["2"], [2.0]]),
+    ("integer", ["5", 5, 5.0, " 5.0", "50e-1"]), ("float", [2.5, "2.50"]), ("int", [10 ** 5000]),
+    ("boolean", [True, "true", "True "]), ("string", ["é ", "e\u0301"]), ("str", ["2", 2, 2.0]),
+    ("string", ["true", True]), ("number", ["ten", " ten"]), (None, ["5", 5, 5.0]), (None, [None]),
+    ("list", [["a", 1], "['a', 1]", '["a", "1"]']), ("List[int]", [["2"], [2.0]]),
+    ("list(str)", [["2", "true"], [2, True], "['2', 'true']"]), ("Union[int, str]", ["5", 5]),
     ("list[dict]", [[{"a": 1, "b": 2}], "[{'b': 2, 'a': 1}]", ['{"a": 1, "b": 2}']]),
     ("object", [{"a": True}, '{"a": true}', "{'a': True}", '{"a": "true"}']),
-    (None, ["5", 5, 5.0]), (None, [None]), ("Union[int, str]", ["5", 5]),
-    ("number", [math.nan, float("nan"), "nan"]), ("number", ["1e999", "10e998"]),
-    ("number", ["1e" + "9" * 30] * 2), ("number", [-0.0, 0, "-0"])])
+    ("number", [math.nan, "nan"]), ("number", ["1e999", "10e998"]), ("number", [-0.0, 0, "-0"])])
 def test_values_that_are_the_same_by_the_declared_type(type_, same):
     assert all(equal_values(a, b, {"type": type_}) for a in same for b in same)
 
 
 @pytest.mark.parametrize("type_, a, b", [
-    ("integer", 1, True), (None, 1, True), (None, 0, False), ("boolean", 1, True),
-    ("string", "1", True), (None, "1", True), ("number", 1.5, 1), ("integer", 1.9, 1),
-    ("number", "1.5", "15"), ("string", "1.5", "15"), (None, "1.5", "15"), ("string", "5", "5.0"),
-    ("string", "Paris", "paris"), ("string", "a, b", "a b"), ("string", "a b", "a  b"),
-    ("number", 0.1, 0.1 + 1e-17 * 2), ("number", 2 ** 53, 2 ** 53 + 1), (None, "007", 7),
-    ("number", "1e999", "1e998"), ("list", ["a", "b"], ["b", "a"]), ("list", ["a"], ["a", "a"]),
-    ("list", ["a"], "a"), ("list", "[", "[["), ("list", [1], [True]), ("string", ["a"], "['a']"),
-    ("list", {"a": 1}, '{"a": 1}'), ("object", {"a": 1}, {"a": 2}), ("object", {}, []),
-    ("object", {"a": 1}, {"a": 1, "b": 1}), ("object", {"a": 0}, {"a": False}),
-    (None, None, ""), ("string", "None", None),
-    ("list(str)", ["1.10"], ["1.1"]), ("List[str]", ["1.10"], "['1.1']"),
+    ("integer", 1, True), (None, "1", True), ("boolean", 1, True), ("string", "1", True),
+    ("integer", 1.9, 1), ("number", "1.5", "15"), ("string", "1.5", "15"), ("string", "5", "5.0"),
+    ("string", "Paris", "paris"), ("string", "a, b", "a b"), ("number", 0.1, 0.1 + 1e-17 * 2),
+    ("number", 2 ** 53, 2 ** 53 + 1), (None, "007", 7), ("number", "1e999", "1e998"),
+    ("list", ["a", "b"], ["b", "a"]), ("list", ["a"], ["a", "a"]), ("list", ["a"], "a"),
+    ("list", "[", "[["), ("list", [1], [True]), ("string", ["a"], "['a']"), ("object", {}, []),
+    ("list", {"a": 1}, '{"a": 1}'), ("object", {"a": 1}, {"a": 1, "b": 1}), (None, None, ""),
+    ("object", {"a": 0}, {"a": False}), ("string", "None", None), ("List[str]", ["5.0"], "['5']"),
     ("array<string>", ["1.0"], ["1"]), ("list(list(str))", [["1.10"]], [["1.1"]])])
 def test_values_that_differ(type_, a, b):
     assert not equal_values(a, b, {"type": type_}) and not equal_values(b, a, {"type": type_})
@@ -255,15 +224,14 @@ def test_a_lists_items_are_compared_by_the_schema_of_the_items():
 def test_a_vote_is_a_count_of_keys():
     answers = [(PARIS, OSLO), (OSLO, PARIS), (PARIS,), (PARIS, PARIS)]
     assert Counter(calls_key(a, TOOLS) for a in answers).most_common(1)[0][1] == 2
-    assert call_key(PARIS, TOOLS) == call_key(Call("weather", {"city": "Paris", "days": ""}), TOOLS)
 
 
 def test_comparing_does_not_recurse_without_end():
     deep = []
     for _ in range(100_000):
         deep = [deep]
-    for same, other in ((True, deep), (False, [])):
-        assert equal_values(deep, other, {"type": "list"}) == same
+    assert equal_values(deep, deep, {"type": "list"})
+    assert not equal_values(deep, [], {"type": "list"})
 
 
 # --- Scoring: many a case is one that a published scorer gets wrong -------------------------------
@@ -274,25 +242,20 @@ SCORES = [      # what is said, what is right, and what the verdict says
     # The right call three times is right once, and no F1 rises above 1.
     (f"[{P}, {P}, {P}]", P, {"exact": False, "reason": "wrong number of calls: 3 for 1",
                              "name_correct": False, "name_f1": 0.5, "argument_f1": 0.5}),
-    # Two calls of one tool count in either order, and each once.
+    # Two calls of one tool count in either order, and each once; one without arguments scores 1.
     (f"[{O}, {P}]", f"[{P}, {O}]", ALL | {"strict": True}),
     (f"[{O}, {O}]", f"[{P}, {O}]", {"reason": "wrong value: city"}),
-    # A call without arguments scores 1, not 2.
     ("now()", "now()", ALL | {"strict": True}),
     # Booleans are no numbers, and floats are not cut.
-    *((f"rate(amount=1, any={x})", "rate(amount=1, any=True)", {"reason": "wrong value: any"})
-      for x in (1, "'1'", 1.5)),
+    ("rate(amount=1, any=1)", "rate(amount=1, any=True)", {"reason": "wrong value: any"}),
     ("rate(amount=2.9)", "rate(amount=2)", {"reason": "wrong value: amount"}),
-    ("rate(amount='1.5')", "rate(amount='15')", {"reason": "wrong value: amount"}),
     # Strict is exact without any coercion.
     ("weather(days=5, city='')", "weather(city='', days=5)", ALL | {"strict": True}),
     ("weather(days='5', city='')", "weather(city='', days=5)", ALL | {"strict": False}),
     ("weather(days=5.0, city='')", "weather(city='', days=5)", ALL | {"strict": False}),
     # Empty means absent, and absent means the default: either way round ...
-    *((text, P, ALL) for text in (P[:-1] + more for more in (
-        ", days=None)", ", days='')", ", metric=True)", ", metric='true')", ", metric='')"))),
+    *((P[:-1] + more, P, ALL) for more in (", days='')", ", metric='true')", ", metric='')")),
     *((P, P[:-1] + more, ALL) for more in (", days=None)", ", metric=True)", ", metric=None)")),
-    ("weather(city=' Paris')", P, ALL),
     (P[:-1] + ", metric=False)", P, {"reason": "wrong value: metric"}),
     # ... unless the argument is required or unknown.
     (P[:-1] + ", wind='')", P, {"reason": "extra argument: wind"}),
@@ -300,15 +263,10 @@ SCORES = [      # what is said, what is right, and what the verdict says
     ("weather(city=None)", "weather(city='')", {"reason": "wrong value: city"}),
     # What no schema describes is compared all the same.
     (P[:-1] + ", wind='5')", P[:-1] + ", wind=5.0)", ALL), ("gone(a='5')", "gone(a=5)", ALL),
-    ("gone(a=1)", "gone(a=True)", {"exact": False}),
     # The reason is the first thing wrong, told by the nearest call of the name.
     (P, f"[{P}, now()]", {"reason": "wrong number of calls: 1 for 2", "name_correct": False}),
-    ("[rate(amount=1), now()]", f"[{P}, now()]", {"reason": "wrong name: rate for weather",
-                                                  "name_correct": False, "parsed": True}),
-    (f"[{P}, {P}]", f"[{P}, now()]", {"reason": "wrong name: weather for now"}),
-    ("[weather(), now()]", f"[{P}, now()]", {"reason": "missing argument: city"}),
+    ("[rate(amount=1), now()]", f"[{P}, now()]", {"reason": "wrong name: rate for weather"}),
     (f"[{P[:-1]}, days=1), now()]", f"[{P}, now()]", {"reason": "extra argument: days"}),
-    (f"[{O}, now()]", f"[{P}, now()]", {"reason": "wrong value: city", "name_correct": True}),
     ("[rate(amount=9), rate(amount=1, any='z')]",
      "[rate(amount=1, any='x'), rate(amount=2, any='y')]", {"reason": "wrong value: any"}),
     # Partial credit is one to one: city and metric's default are right, of three arguments each.
@@ -325,24 +283,19 @@ def test_what_an_answer_is_worth(said, right, expected):
 
 
 def test_what_is_forgiven_in_reading_may_be_exact_but_is_not_strict():
-    for text, recovery in ((f"Here: {call_text(read(P))}", "surrounding text"),
-                           (call_text([PARIS]).replace("name", "tool"), "other keys")):
+    for text in (f"Here: {call_text(read(P))}", call_text([PARIS]).replace("name", "tool")):
         v = exact_match(text, sample(PARIS))
-        assert v.exact and v.parsed and not v.strict and v.recovery == recovery
+        assert v.exact and v.parsed and not v.strict and v.recovery == "other form"
 
 
 def test_garbage_is_never_right_and_saying_nothing_only_where_no_call_is():
-    for text in ("garbage", '{"name": "now", "tz": "Mars"}'):
-        for gold in ([], [Call("now")]):
-            v = exact_match(text, sample(*gold))
-            assert (v.exact, v.strict, v.parsed, v.reason) == (False, False, False, "unparsable")
-            assert v.recovery == "unparsable" and not v.name_correct
+    for gold in ([], [PARIS]):
+        v = exact_match("garbage", sample(*gold))
+        assert (v.exact, v.strict, v.parsed, v.reason) == (False, False, False, "unparsable")
     for text in ("", "[]"):
-        v = exact_match(text, sample())
-        assert v.exact and v.reason == "" and v.strict == (text == "")
-        assert v.name_f1 == v.argument_f1 == 1.0
-        v = exact_match(text, sample(PARIS))
-        assert not v.exact and not v.strict and v.name_f1 == v.argument_f1 == 0.0
+        assert exact_match(text, sample()).exact
+        assert exact_match(text, sample()).strict == (text == "")
+        assert not exact_match(text, sample(PARIS)).exact
     assert exact_match(call_text([PARIS]), sample()).reason == "wrong number of calls: 1 for 0"
 
 
@@ -374,23 +327,17 @@ many = settings(max_examples=80, deadline=None)
 
 
 @many
-@given(st.text(st.characters(), max_size=60) | MARKS)
-def test_any_text_can_be_read(text):
-    parsed = parse_calls(text)
-    assert parsed.strict == (parsed.recovery == "")
-    says_none = "".join(text.split()) in ("", "[]")
-    assert (parsed.recovery == "unparsable") == (not parsed.calls and not says_none)
-    json.dumps([c.arguments for c in parsed.calls], allow_nan=False, ensure_ascii=False).encode()
-
-
-@many
-@given(st.sampled_from([BLOCK, f"{BLOCK}\n{BLOCK}", f"[{ONE}]", "f(a=[1, {'b': \"c\"}], d=-2.5)"]),
-       st.lists(EDITS, max_size=4))
-def test_a_damaged_answer_can_be_read_or_is_unparsable(text, edits):
+@given(st.text(st.characters(), max_size=60) | MARKS, st.lists(EDITS, max_size=4))
+def test_any_text_can_be_read_and_so_can_a_damaged_answer(text, edits):
+    damaged = f"{BLOCK}\n{BLOCK}"
     for start, length, new in edits:
-        text = text[:start] + new + text[start + length:]
-    assert len(parse_calls(text).calls) <= 4
-    assert 0.0 <= exact_match(text, sample(PARIS)).argument_f1 <= 1.0
+        damaged = damaged[:start] + new + damaged[start + length:]
+    for said in (text, damaged):
+        parsed = parse_calls(said)
+        assert parsed.strict == (parsed.recovery == "")
+        says_none = "".join(said.split()) in ("", "[]")
+        assert (parsed.recovery == "unparsable") == (not parsed.calls and not says_none)
+        assert 0.0 <= exact_match(call_text(parsed.calls), sample(PARIS)).argument_f1 <= 1.0
 
 
 @many
@@ -427,17 +374,7 @@ def test_scores_lie_between_none_and_all_and_agree_with_exact(predicted, gold):
     assert 0.0 <= v.name_f1 <= 1.0 and 0.0 <= v.argument_f1 <= 1.0
     assert v.exact == (v.reason == "") == equal_calls(parse_calls(text).calls, gold, TOOLS)
     assert v.exact or not v.strict
-    if v.exact:
-        assert v.parsed and v.name_correct and v.name_f1 == v.argument_f1 == 1.0
-
-
-@many
-@given(CALLS)
-def test_what_is_absent_to_the_scorer_is_absent_to_the_schema_check(call):
-    given_ = {k: v for k, v in call.arguments.items() if v is not None and str(v).strip()}
-    less = Call(call.name, given_)
-    if call_key(call, TOOLS) == call_key(less, TOOLS):
-        assert check_call(call, TOOLS) == check_call(less, TOOLS)
+    assert not v.exact or (v.name_correct and v.name_f1 == v.argument_f1 == 1.0)
 
 
 @pytest.mark.skipif("TTSI_DATA" not in os.environ, reason="needs the benchmarks in $TTSI_DATA")

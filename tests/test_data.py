@@ -78,7 +78,7 @@ def test_a_corrupted_download_is_refused_and_not_kept(url, tmp_path):
 
 def test_a_corrupted_cache_is_refused_offline_and_mended_online(url, tmp_path):
     write(tmp_path / "cache" / "ttsi" / "sealtool.json", b"[]")
-    with pytest.raises(FileNotFoundError, match="offline.*sealtool.json.*blob id differs.*--data"):
+    with pytest.raises(FileNotFoundError, match="offline.*sealtool.json.*not as published.*--data"):
         load("sealtool", offline=True)
     assert cached_file(url, blob_id(BODY), offline=False).read_bytes() == BODY
 
@@ -87,16 +87,8 @@ def test_without_network_the_error_names_the_flag(url):
     for address, why in ((url + "x", "404"), ("http://127.0.0.1:9/x", "refused")):
         with pytest.raises(ConnectionError, match=f"cannot download {address} .*{why}.*--data"):
             cached_file(address, blob_id(BODY), offline=False)
-    with pytest.raises(ConnectionError, match=f"cannot download {data.URL}NexusRaven.json"):
-        load("nexusraven")
     with pytest.raises(FileNotFoundError, match="offline.*apibank_l1.json is missing.*--data"):
         load("apibank", offline=True)
-
-
-def test_a_cache_that_cannot_be_written_is_named(url, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", write(tmp_path / "file", b""))
-    with pytest.raises(OSError, match="file/ttsi"):
-        cached_file(url, blob_id(BODY), offline=False)
 
 
 def test_the_users_files_come_first_and_are_not_checked(tmp_path, monkeypatch):
@@ -109,23 +101,17 @@ def test_the_users_files_come_first_and_are_not_checked(tmp_path, monkeypatch):
         load("sealtool", offline=True)
     with pytest.raises(FileNotFoundError, match="no file .*own.* sealtool.json"):
         load("sealtool", data=str(tmp_path / "own"))
-    for path in ("x" * 5000, "~nobody-of-this-name/x"):
-        with pytest.raises(FileNotFoundError, match="no file"):
-            load("sealtool", data=path)
-    monkeypatch.setenv("TTSI_DATA", str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="no file .*nowhere.*TTSI_DATA"):
-        load("sealtool")
+    for path in (str(tmp_path / "nowhere"), "x" * 5000, "~nobody-of-this-name/x"):
+        monkeypatch.setenv("TTSI_DATA", path)
+        with pytest.raises(FileNotFoundError, match="no file .*TTSI_DATA"):
+            load("sealtool")
 
 
 def test_unknown_and_unbundled_benchmarks_are_named():
     with pytest.raises(ValueError, match="unknown benchmark 'x'; choose one of toolalpaca"):
         load("x")
-    with pytest.raises(FileNotFoundError, match="no bundled samples for apibank_l2.*--data"):
+    with pytest.raises(FileNotFoundError, match="no file .*samples/apibank_l2.*--data"):
         load("apibank_l2", bundled=True)
-
-
-def test_blob_id_is_gits():
-    assert blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
 
 
 # --- What a sample becomes ------------------------------------------------------------------------
@@ -134,12 +120,8 @@ def test_a_plain_request_is_one_user_turn(tmp_path):
     sample = loaded(tmp_path)
     assert sample == Sample("sealtool-0", ({"role": "user", "content": "q"},), (TOOL,), GOLD)
     assert sample.without_answers() == Sample("sealtool-0", sample.messages, (TOOL,))
-
-
-def test_sealtools_answers_and_required_list(tmp_path):
-    tool = {"name": "f", "parameters": {"x": {"type": "str"}}, "required": ["x"]}
-    sample = loaded(tmp_path, tools=[tool], answers=[{"tool": "f", "parameters": {"x": "1"}}])
-    assert sample.answers == GOLD and sample.tools == (tool | {"description": ""},)
+    sealtool = loaded(tmp_path, answers=[{"tool": "f", "parameters": {"x": "1"}}])
+    assert sealtool == sample
 
 
 def test_a_full_json_schema_is_flattened(tmp_path):
@@ -152,16 +134,13 @@ def test_a_full_json_schema_is_flattened(tmp_path):
 
 @pytest.mark.parametrize("marked, required", [
     (TOOL, set()), (TOOL | {"parameters": {"x": {}}, "required": ["x"]}, set()),
-    (TOOL | {"parameters": {"type": "object", "properties": {"x": {}}, "required": ["x"]}}, set()),
     (TOOL | {"parameters": {"x": {}}}, {"y"})])
 def test_a_tool_without_marks_requires_nothing_beside_tools_with_marks(marked, required, tmp_path):
-    bare = {"name": "g", "description": "", "parameters": {"y": {"type": "string"}}}
-    for tools in ([marked, bare], [bare, marked]):
-        items = [ITEM | {"tools": [tools[0]]}, ITEM | {"tools": [tools[1]]}]    # of one file
-        samples = load("sealtool", data=write(tmp_path / "own.json", items))
-        by_name = {tool["name"]: tool for sample in samples for tool in sample.tools}
-        assert required_arguments(by_name["g"]) == required
-        assert required_arguments(by_name["f"]) == {"x"}
+    bare = {"name": "g", "parameters": {"y": {"type": "string"}}}
+    items = [ITEM | {"tools": [bare]}, ITEM | {"tools": [marked]}]          # of one file
+    first, second = load("sealtool", data=write(tmp_path / "own.json", items))
+    assert required_arguments(first.tools[0]) == required
+    assert required_arguments(second.tools[0]) == {"x"}
 
 
 def test_what_is_no_candidate_is_left_out(tmp_path):
@@ -172,18 +151,16 @@ def test_what_is_no_candidate_is_left_out(tmp_path):
 
 
 def test_api_banks_turns(tmp_path):
-    query = turns(("user", "a"), ("agent", "b"), ("assistant", PAST),
-                  ("tool", "ok"), ("user", "c"), ("agent", "Sure.\nGenerate API Request:"))
-    messages = loaded(tmp_path, query=query).messages
-    roles = ["user", "assistant", "assistant", "user", "user", "assistant"]
-    assert [m["role"] for m in messages] == roles
-    assert messages[2] == {"role": "assistant", "content": data.call_text(GOLD)}
-    assert messages[3]["content"] == "<tool_response>\nok\n</tool_response>"
-    assert messages[-1]["content"] == "Sure."
-    last = turns(("agent", "Generate API Request:"))
-    assert loaded(tmp_path, query=query[:-1] + last).messages == messages[:-1]
-    last = turns(("user", "Yes.\nGenerate API Request:"))           # of whichever role it is
-    assert loaded(tmp_path, query=query[:-1] + last).messages[-1]["content"] == "Yes."
+    query = turns(("user", "a"), ("agent", "b"), ("assistant", PAST), ("tool", "ok"), ("user", "c"))
+    result = "<tool_response>\nok\n</tool_response>"
+    expected = turns(("user", "a"), ("assistant", "b"), ("assistant", data.call_text(GOLD)),
+                     ("user", result), ("user", "c"))
+    assert list(loaded(tmp_path, query=query).messages) == expected
+    for role, said, kept in (("agent", "Sure.\nGenerate API Request:", [("assistant", "Sure.")]),
+                             ("user", "Yes.\nGenerate API Request:", [("user", "Yes.")]),
+                             ("agent", "Generate API Request:", [])):
+        messages = loaded(tmp_path, query=query + turns((role, said))).messages
+        assert list(messages) == expected + turns(*kept)
 
 
 def test_the_prompt_asks_in_the_last_turn_of_the_user(tmp_path):
@@ -198,8 +175,7 @@ def test_the_prompt_asks_in_the_last_turn_of_the_user(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    "```[1]```", "```[{]```", "plain", "```[]```", '```[{"name": "f"}]```',
-    f"I did {PAST}", PAST.strip("`")])
+    "```[1]```", "```[{]```", "plain", '```[{"name": "f"}]```', f"I did {PAST}", PAST.strip("`")])
 def test_an_assistants_turn_that_is_no_list_of_calls_stays_text(content, tmp_path):
     query = turns(("user", "a"), ("assistant", content), ("user", "b"))
     assert loaded(tmp_path, query=query).messages[1] == {"role": "assistant", "content": content}
@@ -208,8 +184,7 @@ def test_an_assistants_turn_that_is_no_list_of_calls_stays_text(content, tmp_pat
 def test_text_beyond_ascii_and_a_byte_order_mark_are_kept(tmp_path):
     content = "\ufeff" + json.dumps([ITEM | {"query": "Zürich 😀"}], ensure_ascii=False)
     samples = load("sealtool", data=write(tmp_path / "f", content.encode()))
-    assert samples[0].messages[0]["content"] == "Zürich 😀"
-    assert "Zürich" in data.call_text([Call("f", {"x": "Zürich"})])
+    assert data.request_text(samples[0]) == "Zürich 😀"
 
 
 def test_a_dialogue_becomes_one_line_with_its_speakers(tmp_path):
@@ -228,29 +203,23 @@ def test_a_sample_with_another_request_keeps_the_tools_and_no_label(tmp_path):
 # --- What can be wrong ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, message", [
-    ({"query": None}, ": 'query' is missing"), ({"tools": None}, ": 'tools' is missing"),
-    ({"answers": None}, ": 'answers' is missing"), ({"query": 7}, ": 'query' is .* wrong type"),
+    ({"query": None}, ": 'query' is missing"), ({"query": 7}, ": 'query' is .* wrong type"),
+    ({"tools": {}}, ": 'tools' is .* wrong type"), ({"answers": {}}, ": 'answers' is .* type"),
     ({"query": " "}, ": the query is empty"), ({"query": []}, ": the query is empty"),
-    ({"query": turns(("alien", ""))}, ": turn 0 of the query"),
-    ({"query": turns(("user", None))}, ": turn 0 of the query"), ({"query": [7]}, ": turn 0 of"),
-    ({"tools": {}}, ": 'tools' is missing or of a wrong type"),
-    ({"tools": []}, ": no tool that can be called"), ({"tools": ["f"]}, ", tool 0: no name"),
-    ({"tools": [TOOL, {"parameters": {}}]}, ", tool 1: no name"),
+    ({"query": turns(("alien", ""))}, ": turn 0: no role"), ({"query": [7]}, ": turn 0: no role"),
+    ({"query": turns(("user", None))}, ": turn 0: no role"),
+    ({"tools": []}, ": no tool to call"), ({"tools": [TOOL, TOOL]}, "two tools of one name"),
+    ({"tools": ["f"]}, ", tool 0: no name"), ({"tools": [TOOL, {"name": ""}]}, ", tool 1: no name"),
     ({"tools": [TOOL | {"name": ["f"]}]}, ", tool 0: no name"),
-    ({"tools": [TOOL, TOOL]}, ": two tools of one name among f, f"),
-    ({"tools": [TOOL | {"parameters": []}]}, r", tool 0 \(f\): 'parameters' is not an object"),
-    ({"tools": [TOOL | {"parameters": {"x": "string"}}]}, r"\(f\): parameter 'x' is not an object"),
-    ({"tools": [TOOL | {"parameters": {"type": "object", "properties": 7}}]}, "'properties' is no"),
-    ({"tools": [TOOL | {"required": "x"}]}, "'required' is not a list of names"),
-    ({"tools": [TOOL | {"required": [1]}]}, "'required' is not a list of names"),
-    ({"tools": [TOOL | {"description": 7}]}, "'description' is not a string"),
-    ({"answers": {}}, ": 'answers' is missing or of a wrong type"),
+    ({"tools": [TOOL | {"parameters": []}]}, ", tool 0: f: 'parameters' is of a wrong type"),
+    ({"tools": [TOOL | {"parameters": {"x": "string"}}]}, "f: parameter 'x' is not an object"),
+    ({"tools": [TOOL | {"parameters": {"type": "object", "properties": 7}}]}, "f: 'parameters' is"),
+    ({"tools": [TOOL | {"required": "x"}]}, "f: 'required' is of a wrong type"),
+    ({"tools": [TOOL | {"description": 7}]}, "f: 'description' is of a wrong type"),
     ({"answers": ["f"]}, ", answer 0: not an object"),
-    ({"answers": [ANSWER, {"name": "f"}]}, ", answer 1: neither"),
-    ({"answers": [{"arguments": {}}]}, ", answer 0: neither"),
-    ({"answers": [{"name": "f", "arguments": "x"}]}, ", answer 0: neither"),
-    ({"query": "\ud800"}, ": .*surrogates"),
-    ({"answers": [{"name": "f", "arguments": {"x": float("nan")}}]}, ": .*JSON")])
+    ({"answers": [ANSWER, {"name": "f"}]}, ", answer 1: no name or no arguments"),
+    ({"answers": [{"arguments": {}}]}, ", answer 0: no name or no arguments"),
+    ({"answers": [{"name": "f", "arguments": "x"}]}, ", answer 0: no name or no arguments")])
 def test_a_faulty_item_is_named_with_its_file_and_index(changes, message, tmp_path):
     item = {key: value for key, value in (ITEM | changes).items() if value is not None}
     with pytest.raises(ValueError, match=rf"faulty\.json, item 1.*{message}.*--data"):
@@ -258,9 +227,10 @@ def test_a_faulty_item_is_named_with_its_file_and_index(changes, message, tmp_pa
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"[7]", "item 0: not an object"), (b'[\n{"query": "q",\n}]', "as JSON .*line 3"),
+    (b"[7]", "item 0: 'query' is missing"), (b'[\n{"query": "q",\n}]', "as JSON .*line 3"),
     (b"", "as JSON .*line 1"), (b"{}", "not a list of samples"), (b"[]", ", or an empty one"),
-    (b"\xff[]", "read and written as JSON .*utf-8"),
+    (b"\xff[]", "read and written as JSON .*utf-8"), (b'["\\ud800"]', "as JSON .*surrogates"),
+    (b"[NaN]", "read and written as JSON"),
     (b"[" * 200_000, "read and written as JSON .*recursion"),
     (b"[" + b"9" * 5000 + b"]", "read and written as JSON .*digits")])
 def test_a_faulty_file_is_named(content, message, tmp_path):

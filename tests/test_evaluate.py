@@ -283,3 +283,10 @@ def test_hostile_files_are_shown_safely_or_refused_in_words(lines, config, flags
     assert all(c.isprintable() or c == "\n" for c in printed + said)
     assert (code, bool(printed), said[:20]) in ((0, True, ""), (2, False, "evaluate.py: error: "))
     assert "NaN" not in printed and "Infinity" not in printed or flags != ["--json"]
+
+
+def test_the_kept_stages_beside_the_runs_are_no_run(tmp_path, capsys):
+    write_run(tmp_path / "run", {"bench": "sealtool", "data": "", "tau": 0.95}, [])
+    (tmp_path / "stages").mkdir()
+    assert main([str(tmp_path / "run"), str(tmp_path / "stages")]) == 0
+    assert "no finished sample" in capsys.readouterr().out

@@ -52,7 +52,8 @@ def test_every_command_is_understood(text, capsys):
     found = [c for c in commands(text) if re.search(r"train\.py|evaluate\.py|-m research\.", c)]
     assert len(found) >= 5
     for command in found:
-        words = [w for w in shlex.split(command.split(";")[-1].replace("$", "")) if "=" not in w[:20]]
+        words = shlex.split(command.split(";")[-1].replace("$", ""))
+        words = [word for word in words if "=" not in word]
         name = next(w for w in words if w.endswith(".py") or w.startswith("research."))
         program = importlib.import_module(name.removesuffix(".py"))
         options = [w.partition("=")[0] for w in words if w.startswith("--")]

@@ -115,7 +115,8 @@ def test_a_busy_broken_or_late_server_is_asked_again_after_ever_longer_waits(ser
 
 def test_a_server_that_stays_busy_or_is_not_there_is_named(server, other):
     server.script = [(503, {}, b"")] * 9
-    with pytest.raises(ConnectionError, match=f"{server.url}: no chat completion after 6 tries .HTTP 503"):
+    said = f"{server.url}: no chat completion after 6 tries .HTTP 503"
+    with pytest.raises(ConnectionError, match=said):
         ask(server)
     assert len(server.seen) == 6
     other.close()
