@@ -316,10 +316,19 @@ def find_checkpoint(name: str, offline: bool = False) -> Path:
                                 "id as Qwen/Qwen2.5-1.5B-Instruct, or tiny (bundled)") from error
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch and this CPU have what PackedLinear needs."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), 16)
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
 def load_model(folder: Path, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32, pack: bool = False) -> Qwen2:
     """The model of a checkpoint folder, frozen. ValueError for a damaged file and for a missing,
-    extra or misshapen tensor. pack: as `PackedLinear`, where this torch has the operator."""
+    extra or misshapen tensor. pack: as `PackedLinear`, where that can be."""
     with torch.device("meta"):
         model = Qwen2(ModelConfig.from_folder(folder))
     state = {}
@@ -338,7 +347,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu",
         raise ValueError(f"{folder}: no weights that fit config.json: {what}") from error
     model.tie()
     model.requires_grad_(False)
-    if pack and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if pack and can_pack(dtype):
         for parent in list(model.modules()):
             for name, layer in parent.named_children():
                 if type(layer) is nn.Linear:
