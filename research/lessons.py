@@ -155,7 +155,7 @@ def stages(config: LessonConfig) -> tuple[Stage, Stage]:
     elif config.filter != "schema":
         g = replace(g, reads=(*g.reads, "filter"), code=(augment, FILTERS[config.filter]))
     if config.lesson != "self":
-        t = replace(t, reads=(*t.reads, "lesson", "seed"), code=(*t.code, another))
+        t = replace(t, reads=(*t.reads, "seed"), code=(*t.code, another))
     if config.measure_kl:
         t = replace(t, line=Measured, code=(*t.code, adapt_with, divergence, adapt_and_measure))
     return g, replace(t, after=g)

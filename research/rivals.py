@@ -291,7 +291,7 @@ def sft(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept, params:
     part of the seconds that it took."""
     h, full = direct(agent, samples, config, kept), replace(config, adapt="full")
     t = kept(SFT, samples, lambda xs: answer_with(agent, xs, params, full))
-    t = {id: replace(line, seconds=line.seconds + share) for id, line in t.items()}
+    t = {id: replace(line, seconds=round(line.seconds + share, 4)) for id, line in t.items()}
     return [Outcome(h[x.id], None, t[x.id]) for x in samples]
 
 

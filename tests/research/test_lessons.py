@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import train
 from augment import Found, Pair, label_drafts, synthesize
@@ -86,7 +87,8 @@ def test_what_differs_is_kept_apart_and_what_the_core_does_is_shared():
         return str([stage.key({**vars(config), **FACTS}) for stage in stages(config)])
     assert stages(CONFIG) == (train.G, train.T)
     ways = [{}, {"filter": "none"}, {"filter": "consistent"}, {"lesson": "unrelated"},
-            {"lesson": "unrelated", "seed": 1}, {"lesson": "gold"}, {"measure_kl": True}]
+            {"lesson": "unrelated", "seed": 1}, {"lesson": "gold"},
+            {"lesson": "gold", "seed": 1}, {"measure_kl": True}]
     assert len({key(**way) for way in ways}) == len(ways)
 
 
@@ -141,5 +143,9 @@ def test_the_kl_is_0_before_training_and_grows_with_it(agent, tmp_path, adapt):
                  for lr in (1e-3, 1e-1)]
     assert 0 < 10 * near[0].extra["kl"] < far[0].extra["kl"]
     assert near[1].extra == {}                                      # nothing was learnt
+    other = replace(SAMPLES[0], tools=SAMPLES[1].tools)             # they are read in either case
+    fresh = {name: (A, torch.ones_like(B)) for name, (A, B) in fresh.items()}
+    kl = [divergence(agent, x, fresh, replace(CONFIG, adapt=adapt)) for x in (SAMPLES[0], other)]
+    assert kl[0] != kl[1]
     plain = improve(agent, tmp_path / "plain", pairs, adapt=adapt, lr=1e-3)
     assert (plain[0].t.text, plain[0].t.losses) == (near[0].t.text, near[0].t.losses)

@@ -110,7 +110,9 @@ def test_again_shows_the_direct_answer_and_asks_once_more(agent, tmp_path):
 
 
 def test_examples_stand_before_the_request(agent):
-    said = [m["content"] for m in with_examples(SAMPLES[0], [(SAMPLES[1], "its answer")])]
+    chat = with_examples(SAMPLES[0], [(SAMPLES[1], "its answer")])
+    said = [message["content"] for message in chat]
+    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
     assert said[1].startswith("Do 1.") and said[2] == "its answer" and said[3].startswith("Do 0.")
     assert [said[0], said[3]] == [m["content"] for m in call_prompt(SAMPLES[0])]
 
@@ -143,16 +145,14 @@ def test_icl_shows_k_labelled_examples_drawn_for_each_sample_and_asks_of_all(age
 
 @pytest.mark.parametrize("adapt", ["full", "suffix"])
 def test_then_vote_samples_each_samples_own_model(agent, tmp_path, adapt):
-    """What an adapter has learnt by heart is heard in its sampled answers, and in no others'."""
-    g = [[Pair("Do 0.", "abc")], []]
-    h = [(ONE, 0.0), (ONE, 0.0), (ONE, 1.0)]
-    learnt, *others = improve(agent, tmp_path, rivals.then_vote, h, g=g, adapt=adapt, epochs=40,
-                              lr=2e-2, temperature=0.05)
-    assert learnt.extra["sampled"]["texts"] == [learnt.t.text] * 2 == ["abc"] * 2
+    """At temperature 0 a sampled answer is the greedy one: of the adapter, or of the base model."""
+    g, h = [[Pair("Do 0.", "a text")], []], [(ONE, 0.0), (ONE, 0.0), (ONE, 1.0)]
+    learnt, *others = improve(agent, tmp_path, rivals.then_vote, h, g=g, adapt=adapt, epochs=3,
+                              lr=2e-2, temperature=0.0)
+    base = [greedy(agent, call_prompt(x)) for x in SAMPLES]
+    assert learnt.extra["sampled"]["texts"] == [learnt.t.text] * 2 != [base[0]] * 2
     assert 0 < learnt.extra["sampled"]["seconds"] and 0 < learnt.t.seconds
-    for other in others:
-        assert other.t is None and len(other.extra["sampled"]["texts"]) == 2
-        assert "abc" not in other.extra["sampled"]["texts"]
+    assert [o.extra["sampled"]["texts"] for o in others] == [[text] * 2 for text in base[1:]]
     for ids, cache in agent.prefixes.caches.items():                # theta_0's, also after this
         fresh = PrefixCaches(agent.model).read(ids)
         assert all((a == b).all() for a, b in zip(fresh.values, cache.values))
@@ -221,7 +221,7 @@ def test_a_run_holds_verdicts_on_what_was_sampled(flags, tmp_path):
 def test_sft_trains_once_and_its_adapter_and_its_checkpoint_answer_alike(flags, tmp_path, capsys):
     split = write_data(tmp_path / "split.json", *"abcde", x=2)
     sft = [*flags, "--rival", "sft", "--train-data", split, "--epochs", "4", "--train-batch", "2",
-           "--merged", str(tmp_path / "merged")]
+           "--merged", str(tmp_path / "merged"), "--adapt", "suffix"]  # which sft is not
     assert rivals.main(sft) == 0
     assert "12/12" in capsys.readouterr().err                       # 4 epochs of 2, 2 and 1
     run = read_run(tmp_path / "run")
@@ -231,6 +231,8 @@ def test_sft_trains_once_and_its_adapter_and_its_checkpoint_answer_alike(flags, 
     said = [record.answer.text for record in run.records]
     assert [text[:10] for text in said] == [text[:10] for text in answers] and alpha == CONFIG.alpha
     assert said != [record.base.text for record in run.records]
+    took = json.loads((tmp_path / "run" / "adapter" / "training.json").read_text())["seconds"]
+    assert all(record.seconds["T"] > took / 3 for record in run.records)        # its share
     base = ["--method", "base", "--model", str(tmp_path / "merged"), "--out", str(tmp_path / "new")]
     assert train.main([*flags, *base]) == 0                         # the later flag counts
     assert [record.base.text for record in read_run(tmp_path / "new").records] == said
