@@ -336,7 +336,7 @@ class Stage:
                 "after": self.after.key(known) if self.after else None}
 
 
-H = Stage("H", Assessed, ("samples", "weights", "max_new_tokens"),
+H = Stage("H", Assessed, ("samples", "weights", "tokenizer", "max_new_tokens"),
           (qwen, uncertainty, data, data.calls, assess))
 G = Stage("G", Found, ("writer", "k", "pair", "temperature", "top_p", "seed"), (augment,), H)
 T = Stage("T", Adapted, ("adapt", "rank", "alpha", "epochs", "lr"),
@@ -475,8 +475,10 @@ def set_up(config: Config) -> tuple[Agent, list[Sample]]:
         raise ValueError(f"{id}: its prompt of {longest} tokens and an answer of "
                          f"{config.max_new_tokens} exceed the model's context")
     batch = config.batch or (1 if config.device == "cpu" else max(1, BATCH_TOKENS // longest))
+    tokens = me.tokenizer.bpe.to_str() + str(sorted(me.tokenizer.eos))
     facts = {"samples": hashlib.sha256(seen.encode()).hexdigest(), "weights": weights,
-             "writer": who, "torch": torch.__version__, "python": sys.version.split()[0]}
+             "tokenizer": hashlib.sha256(tokens.encode()).hexdigest(), "writer": who,
+             "torch": torch.__version__, "python": sys.version.split()[0]}
     return Agent(me.model, me.tokenizer, me.prefixes, writer, facts, batch), samples
 
 
@@ -525,14 +527,16 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, kept: Kept,
         return join(samples, config, agent.facts, records) or 130
     if fingerprint(agent.model) != agent.facts["weights"]:
         raise ValueError("the base weights have changed: this run's lines are not to be trusted")
-    everybody = Kept(config, agent.facts, computing=False)
-    for sample in [x for x in samples if x.id not in records]:      # another process's
+    everybody = Kept(config, agent.facts, computing=False)      # what all processes have kept
+    for sample in [x for x in samples if x.id not in records]:
         try:
             note([sample], everybody)
-        except KeyError:
-            print(f"{sample.id} is with another process; if that was killed, the same command "
-                  "computes it.")
-            return 0
+        except KeyError:                                        # it is not there yet
+            continue
+    if len(records) < len(samples):
+        print(f"{len(samples) - len(records)} samples are with other processes; where one was "
+              "killed, the same command computes them.")
+        return 0
     return join(samples, config, agent.facts, records)
 
 
@@ -554,9 +558,12 @@ def exit_codes(main: Callable) -> Callable:
             return main(argv)
         except KeyboardInterrupt:                       # before the first sample
             return 130
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
             more = "" if isinstance(error, ValueError) else " (what is finished is kept)"
-            print(f"error: {printable(str(error).splitlines()[0])}{more}", file=sys.stderr)
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"error: {printable(first)}{more}", file=sys.stderr)
             return 2
     return wrapped
 

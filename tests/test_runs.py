@@ -160,7 +160,7 @@ def test_rubbish_among_the_lines_is_skipped(tmp_path_factory, rubbish):
 
 
 DEPENDS = {     # an option or fact -> the stages whose lines depend on it; put a new one here, too
-    **dict.fromkeys("samples weights max_new_tokens".split(), "HGT"),
+    **dict.fromkeys("samples weights tokenizer max_new_tokens".split(), "HGT"),
     **dict.fromkeys("writer k pair temperature top_p seed".split(), "GT"),
     **dict.fromkeys("adapt rank alpha epochs lr".split(), "T"),
     # what says where things are, and how to run them; data, model and teacher have their digests
@@ -275,7 +275,7 @@ def test_if_one_of_two_processes_is_killed_nothing_finished_is_lost_or_computed_
     first.join()
     finished = kept(tmp_path)
     assert first.exitcode == 0 and not (tmp_path / "run").exists()
-    assert "another process" in (tmp_path / "log").read_text()
+    assert "with other processes" in (tmp_path / "log").read_text()
     assert run(loaded, tmp_path) == 0 and found(tmp_path) == unbroken[0]
     assert set(kept(tmp_path).values()) == {1} and finished <= kept(tmp_path)
 
