@@ -26,7 +26,7 @@ def sample(i) -> Sample:
 
 SAMPLES = [sample(i) for i in range(3)]
 CONFIG = LessonConfig(model="small", tau=1.0, max_new_tokens=6, epochs=2, lr=1e-2)
-FACTS = {"samples": "", "weights": "", "writer": "", "labels": ""}
+FACTS = {"samples": "", "weights": "", "tokenizer": "t", "writer": "", "labels": ""}
 
 
 @pytest.fixture

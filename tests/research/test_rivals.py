@@ -24,7 +24,7 @@ TOOLS = tuple({"name": name, "description": "", "parameters": {"x": {"type": "in
 SAMPLES = [Sample(f"toolalpaca-{i}", ({"role": "user", "content": f"Do {i}."},), TOOLS)
            for i in range(3)]
 CONFIG = RivalConfig(model="small", then_vote=True, max_new_tokens=6, epochs=1, draws=2)
-FACTS = {"samples": "", "weights": "", "writer": "", "split": ""}
+FACTS = {"samples": "", "weights": "", "tokenizer": "t", "writer": "", "split": ""}
 ONE, OTHER, MISFIT, NONSENSE = "f(x=1)", "g(x=1)", "f(y=1)", "no idea"
 
 

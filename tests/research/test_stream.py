@@ -20,7 +20,7 @@ TOOLS = ({"name": "f", "description": "", "parameters": {}},
 SAMPLES = [Sample(f"toolalpaca-{i}", ({"role": "user", "content": f"Do {i}."},), TOOLS)
            for i in range(3)]
 CONFIG = StreamConfig(model="small", tau=1.0, max_new_tokens=6, epochs=4, lr=3e-2)
-FACTS = {"samples": "", "weights": "", "writer": ""}
+FACTS = {"samples": "", "weights": "", "tokenizer": "t", "writer": ""}
 
 
 @pytest.fixture
