@@ -3,40 +3,54 @@
 The writer, the model itself (TT-SI) or a teacher (TT-D), sees the sample's tools and request, never
 its label. A pair is kept if it parses and fits the tools' schema; each other try has a reason.
 """
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
 
 import torch
 
-from data import Sample, call_prompt, request_text, system_message, with_request
-from data.calls import check_call, calls_key, parse_calls
-from model import KVCache, Qwen2, Tokenizer, generate, seeded
+from data import Sample, call_prompt, call_text, request_text, system_message, with_request
+from data.calls import Call, calls_key, check_call, kind_of, parse_calls, required_arguments
+from model import Filling, Form, KVCache, Qwen2, Tokenizer, generate, seeded
 from uncertainty import PrefixCaches
 
 # What is asked in the user turn, behind the tools, so that the tools' KV cache serves here, too.
-ASK_REQUEST = ("Write two requests that a user may make of these tools. Both need the same tool, "
-               "but the second is about other names, places, numbers or dates, in other words.")
-ASK_PAIR = ASK_REQUEST + """
+ASK_PAIR = """Write two tool calls, and under each the request of a user that it answers. Both are \
+calls of the same tool, but the second is about other names, places, numbers or dates."""
+ASK_JOINT = """Write two requests that a user may make of these tools. Both need the same tool, \
+but the second is about other names, places, numbers or dates, in other words.
 
 Under the second, write the tool calls that answer it, each in this form:
 <tool_call>
 {"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
-# ours: the assistant's turn is begun for it with the seed request as the first of the two. Asked
-# for "a new request like this one", a small model repeats it; begun so, it writes a natural one.
-PAIR_START = '1. "{request}"\n2. "'
+# ours: the assistant's turn is begun for it, with what is known of the sample as the first of two.
+# Asked for "a request like this one", a small model repeats it; begun so, it writes a natural one.
+PAIR_START = '1. {call}\n{request}\n2. '        # the direct answer's call; the request, quoted
+JOINT_START = '1. "{request}"\n2. "'
 TRIES = 3       # for each of the K pairs
-LABELS = 5      # sampled calls for a new request; the majority is its label (--pair request) ...
-AGREE = 2       # ... if so many agree: one draw alone is often a slip, and five steps learn it
 MAX_REQUEST_TOKENS = 128
 MAX_CALL_TOKENS = 192
 RETRIES = 5     # further tries of a request to a server that is busy, broken or late
-Prompt = tuple[list[dict], str]         # the messages, and how the assistant's turn begins
-# (prompts, limit in tokens, temperature, top_p, each prompt's seeds) -> a text for each seed
+# By declared type, how a value begins, which characters close it, and how it ends; else a string.
+VALUES = {"array": (" [", "]", "]"), "object": (" {", "}", "}"), "integer": ("", ",}\n", ""),
+          "number": ("", ",}\n", ""), "boolean": ("", ",}\n", ""), "string": (' "', '"', '"')}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a writer is shown. A server, which cannot fill in a form, sees how that begins."""
+    messages: list[dict]
+    start: str = ""                     # how the assistant's turn begins
+    form: Form = Form(("",), ())        # what is written after it; without blanks it is free
+
+
+# (prompts, limit in tokens, temperature, top_p, each prompt's seeds) -> a text for each seed, which
+# begins with the form's first part
 Writer = Callable[[Sequence[Prompt], int, float, float, Sequence[Sequence[tuple]]], list[list[str]]]
 
 
@@ -44,9 +58,10 @@ Writer = Callable[[Sequence[Prompt], int, float, float, Sequence[Sequence[tuple]
 class Pair:
     """A synthetic training example: a request x' and the text of its calls y'."""
     request: str
-    # ours: the text is the model's own: training sharpens what it calls, not how it writes.
+    # ours: the text is in the form that the model writes itself: training sharpens what it calls,
+    # not how it writes.
     text: str
-    votes: int = 1          # how many of the sampled labels agreed
+    read_back: bool = False     # a value that the request does not spell was read from it again
 
 
 @dataclass(frozen=True)
@@ -78,19 +93,22 @@ class LocalWriter:
     prefixes: PrefixCaches
 
     def __call__(self, prompts, limit, temperature, top_p, keys) -> list[list[str]]:
-        caches, last, generators = [], [], []
-        for (messages, start), own in zip(prompts, keys):
-            head, rest = self.tokenizer.split_chat(messages)
-            rest = rest + self.tokenizer.encode(start)
+        caches, last, generators, forms = [], [], [], []
+        for prompt, own in zip(prompts, keys):
+            head, rest = self.tokenizer.split_chat(prompt.messages)
+            rest = rest + self.tokenizer.encode(prompt.start + prompt.form.parts[0])
             cache = self.prefixes.read(head)
             with torch.no_grad():
                 self.model(torch.tensor([rest[:-1]], device=self.model.device), cache)
             caches += [cache] * len(own)                # a prompt is read once for all its texts
             last += [rest[-1:]] * len(own)
             generators += [seeded(*key) for key in own]
+            forms += [Filling(prompt.form, self.tokenizer) if prompt.form.closers else None
+                      for _ in own]
         written = iter(generate(self.model, last, self.tokenizer.eos, limit, KVCache.stack(caches),
-                                temperature, top_p, generators))
-        return [[self.tokenizer.decode(next(written).ids) for _ in own] for own in keys]
+                                temperature, top_p, generators, forms))
+        return [[prompt.form.parts[0] + self.tokenizer.decode(next(written).ids) for _ in own]
+                for prompt, own in zip(prompts, keys)]
 
 
 @dataclass(frozen=True)
@@ -118,28 +136,31 @@ class ServerWriter:
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"    # not the hub's own token
         client = InferenceClient(base_url=self.url, api_key=key, timeout=self.timeout)
         jobs = []
-        for (messages, start), own in zip(prompts, keys):
-            *before, last = messages
+        for prompt, own in zip(prompts, keys):
+            *before, last = prompt.messages
+            start = prompt.start + prompt.form.parts[0]
             if start:           # the API cannot begin the assistant's turn, so the user asks for it
                 last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
                                            f"Write what follows, and nothing else:\n{start}"}
             for draw in own:
                 seed = seeded(*draw).initial_seed() % 2 ** 31       # where the server heeds it
-                jobs.append((start, dict(messages=[*before, last], model=self.model, seed=seed,
-                                         temperature=temperature, top_p=top_p)))
+                asked = dict(messages=[*before, last], model=self.model, seed=seed,
+                             temperature=temperature, top_p=top_p)
+                jobs.append((start, prompt.form.parts[0], asked))
         with ThreadPool(8) as pool:
             texts = iter(list(pool.imap(lambda job: self.ask(client, *job), jobs)))
         return [[next(texts) for _ in own] for own in keys]
 
-    def ask(self, client, start: str, request: dict) -> str:
-        """One text, without what repeats `start`. A busy, broken or late server is asked again."""
+    def ask(self, client, start: str, first: str, request: dict) -> str:
+        """`first`, and what is written after `start`, which is not repeated. A busy, broken or late
+        server is asked again."""
         from huggingface_hub.errors import HTTPError    # the HTTP library's own; no OSError
         for wait in [0] + [self.wait * 2 ** i for i in range(RETRIES)]:
             time.sleep(wait)
             try:
                 text = client.chat_completion(**request).choices[0].message.content or ""
                 overlap = next(i for i in range(len(start) + 1) if text.startswith(start[i:]))
-                return text[len(start) - overlap:]
+                return first + text[len(start) - overlap:]
             except (HTTPError, OSError, ValueError, TypeError, LookupError, AttributeError) as err:
                 code = getattr(getattr(err, "response", None), "status_code", 0)
                 problem = f"HTTP {code}" if code else type(err).__name__
@@ -150,33 +171,38 @@ class ServerWriter:
                               f"({problem})")
 
 
-@dataclass(frozen=True)
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def call_json(call: Call) -> str:
+    return json.dumps(asdict(call), ensure_ascii=False)
+
+
+# ------------------------------------------------------------------------- what is of use as a pair
+
+@dataclass
 class Draft:
-    """A request that was written for a sample, and what followed it."""
+    """A pair as it was written for a sample, and why it is of no use ("": it is of use)."""
     sample: Sample
+    written: list[str]                  # all texts: what it cost
     request: str
-    rest: str
-    text: str                           # all of it
+    text: str                           # of its calls
+    reason: str = ""
+    read_back: bool = False
 
 
-@dataclass(frozen=True)
-class Label:
-    """The answer to a draft's request, or why there is none."""
-    text: str
-    votes: int
-    reason: str                         # "" if the answer is kept
-    sampled: Sequence[str] = ()         # what it was chosen from
-
-
-def check_request(request: str, seed: str) -> str:
+def check_request(request: str, sample: Sample) -> str:
     """Why a written request is of no use, or ""."""
-    plain = "".join(filter(str.isalnum, request.casefold()))
+    plain, seed = "".join(filter(str.isalnum, request.casefold())), request_text(sample)
     if not plain:
         return "no request"
     if '{"' in request or "<tool_call>" in request:
         return "a call in place of a request"
-    copied = plain in "".join(filter(str.isalnum, seed.casefold()))
-    return "copy of the seed request" if copied else ""
+    if plain in "".join(filter(str.isalnum, seed.casefold())):
+        return "copy of the seed request"
+    named = [tool["name"] for tool in sample.tools if tool["name"] in request]
+    return "" if all(name in seed for name in named) else "the request names the tool"
 
 
 def check_text(text: str, sample: Sample) -> str:
@@ -186,73 +212,140 @@ def check_text(text: str, sample: Sample) -> str:
     return next(filter(None, reasons), "") if calls else "no call could be read"
 
 
-def majority(texts: Sequence[str], sample: Sample, agree: int = AGREE) -> Label:
-    """The first text that calls what most call of those that fit, if at least `agree` do."""
-    reasons = [check_text(text, sample) for text in texts]
-    fitting = [text for text, reason in zip(texts, reasons) if not reason]
-    keys = [calls_key(parse_calls(text).calls, sample.tools) for text in fitting]
-    most = max(keys, key=keys.count, default=None)              # the first among equals
-    votes = keys.count(most)
-    if votes >= agree:
-        return Label(fitting[keys.index(most)], votes, "", texts)
-    reasons = [reason for reason in reasons if reason] or [f"fewer than {agree} calls agree"]
-    return Label("", votes, max(reasons, key=reasons.count), texts)
+def stands_in(value: object, request: str) -> bool:
+    """Whether a request spells a value, each item of a list or object apart; "" it never does."""
+    if isinstance(value, (list, dict)):
+        items = list(value.values() if isinstance(value, dict) else value)
+        return bool(items) and all(stands_in(item, request) for item in items)
+    text = re.escape(str(value).strip())
+    return bool(text and re.search(rf"(?<!\w){text}(?!\w)", request, re.I))
 
 
-def label_drafts(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[Label]:
-    """joint: what was written with the request. request: what most of LABELS answers to it call."""
-    if config.pair == "joint":
-        return [Label(d.rest, 1, check_text(d.rest, d.sample)) for d in drafts]
-    texts = sample_labels(writer, drafts, attempt, config)
-    return [majority(own, draft.sample) for own, draft in zip(texts, drafts)]
+def in_form_of(text: str, calls: Sequence[Call]) -> str:
+    """Calls as a model writes them that wrote `text`: without the tags if it wrote none."""
+    tags = "<tool_call>" in text or not parse_calls(text).calls
+    return call_text(calls) if tags else "\n".join(map(call_json, calls))
 
 
-def sample_labels(writer: Writer, drafts: Sequence[Draft], attempt: int, config,
-                  count: int = LABELS) -> list[list[str]]:
-    """For each draft, `count` sampled answers to its request."""
-    prompts = [(call_prompt(with_request(d.sample, d.request)), "") for d in drafts]
-    keys = [[(config.seed, d.sample.id, "label", attempt, i) for i in range(count)] for d in drafts]
-    return writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys)
+# ----------------------------------------------------- --pair call: first y', then its request x'
+
+def call_form(sample: Sample, line) -> Prompt:
+    """The prompt for a pair of the tool that H finds likeliest: its keys are given, its values and
+    the request are blanks. line: the sample's line of H."""
+    name = max(line.candidates, key=line.candidates.get)
+    tool = next(tool for tool in sample.tools if tool["name"] == name)
+    direct = (*parse_calls(line.text).calls, Call(name))[0]
+    request, required = request_text(sample), required_arguments(tool)
+    parts, closers = [f'{{"name": {quoted(name)}, "arguments": {{'], []
+    for key, schema in tool["parameters"].items():
+        # an optional argument is given where x speaks of it, too: else the pair would teach to
+        # leave it out
+        spoken = key in direct.arguments and stands_in(direct.arguments[key], request)
+        if key in required or spoken:
+            begin, closer, end = VALUES.get(kind_of(schema), VALUES["string"])
+            parts[-1] += f'{", " if closers else ""}{quoted(key)}:{begin}'
+            closers.append(closer)
+            parts.append(end)
+    parts[-1] += '}}\n"'
+    form = Form((*parts, '"'), (*closers, '"'))
+    start = PAIR_START.format(call=call_json(direct), request=quoted(request))
+    ask = {"role": "user", "content": ASK_PAIR}
+    return Prompt([system_message(sample.tools), ask], start, form)
 
 
-def write_drafts(writer: Writer, todo: Sequence[tuple[Sample, Found]], attempt: int,
-                 config) -> list[Draft]:
-    """A new request for each sample; those of no use are put into its Found as rejected."""
-    ask, limit = ASK_REQUEST, MAX_REQUEST_TOKENS
-    if config.pair == "joint":
-        ask, limit = ASK_PAIR, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS
-    prompts = [([system_message(sample.tools), {"role": "user", "content": ask}],
-                PAIR_START.format(request=request_text(sample))) for sample, _ in todo]
-    keys = [[(config.seed, sample.id, "pair", attempt)] for sample, _ in todo]
-    written = writer(prompts, limit, config.temperature, config.top_p, keys)
-    drafts = []
-    for (sample, found), (text,) in zip(todo, written):
-        found.texts.append(text)
-        line, _, rest = text.strip().partition("\n")
-        request = line.strip().removesuffix('"').strip()
-        reason = check_request(request, request_text(sample))
-        if request in [pair.request for pair in found.pairs]:
-            reason = "copy of an earlier pair"
-        if reason:
-            found.rejected.append(Rejected(text, reason))
-        else:
-            drafts.append(Draft(sample, request, rest.strip(), text))
+def write_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
+                     config) -> list[Draft]:
+    """A draft for each sample: a call of the likeliest tool, and the request that it answers."""
+    prompts = [call_form(x, h[x.id]) for x in samples]
+    keys = [[(config.seed, x.id, "pair", attempt)] for x in samples]
+    written = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature,
+                     config.top_p, keys)
+    drafts, unspoken = [], []
+    for sample, (text,) in zip(samples, written):
+        call, _, request = text.partition("\n")
+        draft = Draft(sample, [text], "", call)
+        drafts.append(draft)
+        draft.reason = check_text(call, sample)
+        try:
+            draft.request = " ".join(json.loads(request).split())
+        except (ValueError, AttributeError):
+            draft.reason = draft.reason or "the request did not end"
+        if draft.reason:
+            continue
+        new, direct = parse_calls(call).calls, parse_calls(h[sample.id].text).calls
+        draft.text = in_form_of(h[sample.id].text, new)
+        draft.reason = check_request(draft.request, sample)
+        if calls_key(new, sample.tools) == calls_key(direct, sample.tools):
+            draft.reason = "the direct answer again"
+        spoken = [stands_in(value, draft.request) for value in new[0].arguments.values()]
+        if not draft.reason and not all(spoken):
+            unspoken.append(draft)
+    read_back(writer, unspoken, h, config)
     return drafts
 
 
-def synthesize(writer: Writer, samples: list[Sample], config, label=label_drafts) -> list[Found]:
-    """For each sample up to K pairs (x', y') and the tries that failed, at most TRIES a pair."""
+def read_back(writer: Writer, drafts: Sequence[Draft], h: dict, config) -> None:
+    """Reject the drafts whose call is not also the greedy one for their request, with the tool's
+    name given: some value cannot be known from it. CN is not in "China", but is read from it."""
+    if not drafts:
+        return
+    calls = [parse_calls(draft.text).calls for draft in drafts]
+    prompts = []
+    for draft, (call,) in zip(drafts, calls):
+        begun = f'{h[draft.sample.id].begun}{call.name}", "arguments":'
+        asked = call_prompt(with_request(draft.sample, draft.request))
+        prompts.append(Prompt(asked, "", Form((begun,), ())))
+    keys = [[(config.seed, draft.sample.id, "read back")] for draft in drafts]
+    written = writer(prompts, MAX_CALL_TOKENS, 0.0, 1.0, keys)
+    for draft, own, (text,) in zip(drafts, calls, written):
+        read, tools = parse_calls(text).calls[:1], draft.sample.tools
+        draft.written.append(text)
+        draft.read_back = calls_key(read, tools) == calls_key(own, tools)
+        if not draft.read_back:
+            draft.reason = "a value cannot be read from the request"
+
+
+# ------------------------------------------------------------------ --pair joint: in one go, freely
+
+def write_joint(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
+                config) -> list[Draft]:
+    """A draft for each sample: a request and the calls that answer it, in one text (paper)."""
+    prompts = [Prompt([system_message(x.tools), {"role": "user", "content": ASK_JOINT}],
+                      JOINT_START.format(request=request_text(x))) for x in samples]
+    keys = [[(config.seed, x.id, "pair", attempt)] for x in samples]
+    written = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature,
+                     config.top_p, keys)
+    drafts = []
+    for sample, (text,) in zip(samples, written):
+        line, _, rest = text.strip().partition("\n")
+        request = line.strip().removesuffix('"').strip()
+        reason = check_request(request, sample) or check_text(rest, sample)
+        calls = in_form_of(h[sample.id].text, parse_calls(rest).calls)      # without prose behind
+        drafts.append(Draft(sample, [text], request, calls, reason))
+    return drafts
+
+
+# ----------------------------------------------------------------------------------------------- G
+
+WAYS = {"call": write_call_first, "joint": write_joint}
+
+
+def synthesize(writer: Writer, samples: Sequence[Sample], h: dict, config,
+               write: Callable | None = None) -> list[Found]:
+    """For each sample up to K pairs (x', y') and the tries that failed, at most TRIES a pair.
+    h: the lines of H by id. write: gives the drafts of a try, in place of --pair's."""
     found = {sample.id: Found(sample.id) for sample in samples}
+    write = write or WAYS[config.pair]
     for attempt in range(TRIES * config.k):
-        todo = [(x, found[x.id]) for x in samples if len(found[x.id].pairs) < config.k]
-        drafts = write_drafts(writer, todo, attempt, config) if todo else []
-        answers = label(writer, drafts, attempt, config) if drafts else []
-        for draft, answer in zip(drafts, answers):
+        todo = [x for x in samples if len(found[x.id].pairs) < config.k]
+        for draft in write(writer, todo, h, attempt, config) if todo else []:
             own = found[draft.sample.id]
-            own.texts += answer.sampled
-            if answer.reason:
-                text = "\n".join([draft.text, *answer.sampled[:1]])
-                own.rejected.append(Rejected(text, answer.reason))
+            own.texts += draft.written
+            earlier = [value for pair in own.pairs for value in (pair.request, pair.text)]
+            if not draft.reason and (draft.request in earlier or draft.text in earlier):
+                draft.reason = "copy of an earlier pair"
+            if draft.reason:
+                own.rejected.append(Rejected(draft.written[0], draft.reason))
             else:
-                own.pairs.append(Pair(draft.request, answer.text.strip(), answer.votes))
+                own.pairs.append(Pair(draft.request, draft.text, draft.read_back))
     return list(found.values())

@@ -87,7 +87,7 @@ def reachable(sample: Sample) -> bool:
 
 
 # --- Records: what a run leaves on disk -----------------------------------------------------------
-PairLine = TypedDict("PairLine", {"request": str, "text": str, "votes": int})
+PairLine = TypedDict("PairLine", {"request": str, "text": str, "read_back": bool})
 RejectedLine = TypedDict("RejectedLine", {"text": str, "reason": str})
 
 
@@ -271,7 +271,7 @@ def story(record: Record, tau: float) -> str:
     side = "below" if record.margin < tau else "not below"
     rows.append(("margin", f"{record.margin:.3f}, {side} tau = {tau:.3g}"))
     for pair in record.pairs:
-        rows.append(("pair", f"{pair['request']}\n{pair['text']}   (votes: {pair['votes']})"))
+        rows.append(("pair", f"{pair['request']}\n{pair['text']}"))
     for tried in record.rejected:
         rows.append(("rejected", f"{tried['reason']}: {tried['text']}"))
     if record.losses:

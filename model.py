@@ -471,9 +471,36 @@ class Decoded:
     ended: bool = False
 
 
+@dataclass(frozen=True)
+class Form:
+    """A text with blanks: `parts` stand around them, and a blank's text goes on up to one of its
+    closing characters, which is not part of it unless it stands behind a backslash."""
+    parts: tuple[str, ...]
+    closers: tuple[str, ...]        # of each blank; there is one part more
+
+
+class Filling:
+    """A form while a row of `generate` fills it."""
+
+    def __init__(self, form: Form, tokenizer: Tokenizer):
+        self.blanks, self.tokenizer = list(zip(form.closers, form.parts[1:])), tokenizer
+
+    def read(self, token: int) -> list[int]:
+        """The tokens that follow where `token` was chosen: itself, or if it closes a blank what
+        stands before the closing character, and the next part."""
+        piece, (closers, part) = self.tokenizer.decode([token]), self.blanks[0]
+        for i, character in enumerate(piece):
+            if character in closers and piece[:i][-1:] != "\\":
+                del self.blanks[0]
+                return self.tokenizer.encode(piece[:i] + part)
+        return [token]
+
+
 def write_down(rows: Sequence[Decoded], tokens: Sequence[int], logits: torch.Tensor,
-               eos: frozenset[int], greedy: bool) -> None:
-    """Add to each row that has not ended its token, chosen from its logits (B, V)."""
+               eos: frozenset[int], greedy: bool,
+               forms: Sequence[Filling | None]) -> list[list[int]]:
+    """Add to each row that has not ended its token, chosen from its logits (B, V), and what its
+    form puts behind that; gives what each row reads next."""
     if greedy:
         log_p = logits.log_softmax(-1)
         best, entropy = log_p.amax(-1).tolist(), torch.special.entr(log_p.exp()).sum(-1).tolist()
@@ -481,9 +508,14 @@ def write_down(rows: Sequence[Decoded], tokens: Sequence[int], logits: torch.Ten
         if greedy and not row.ended:
             row.log_p.append(best[i])
             row.entropy.append(entropy[i])
+    pending = []
+    for row, token, form in zip(rows, tokens, forms):
         row.ended = row.ended or token in eos
-        if not row.ended:
-            row.ids.append(token)
+        new = [] if row.ended else form.read(token) if form else [token]
+        row.ids += new
+        row.ended = row.ended or bool(form and not form.blanks)
+        pending.append([PAD] if row.ended else new)
+    return pending
 
 
 DRAFT, NGRAM = 6, 3     # tokens that a draft has at most, and that must agree for it
@@ -503,10 +535,13 @@ def look_up(ids: Sequence[int]) -> list[int]:
 @torch.no_grad()
 def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int],
              max_new_tokens: int = 256, cache: KVCache | None = None, temperature: float = 0.0,
-             top_p: float = 1.0, generators: Sequence[torch.Generator] = ()) -> list[Decoded]:
+             top_p: float = 1.0, generators: Sequence[torch.Generator] = (),
+             forms: Sequence[Filling | None] = ()) -> list[Decoded]:
     """What follows each of B prompts, which continue `cache` by at least one token each; a cache
     of one row serves all. temperature 0 is greedy; else each row has its own generator, so its
     text does not depend on its neighbours. Rows that have ended stay, as holes, until all have.
+
+    A row with a form fills its blanks, and ends with the last of them; its ids hold the parts, too.
 
     One row alone reads a draft behind its token, and keeps of it what the model chooses, or
     draws, as well: tool calls copy from the prompt, so this is the same text in half the passes.
@@ -516,21 +551,21 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int]
         cache = cache.fork(len(prompts))
     context = [*(cache.ids[0].tolist() if cache.length else []), *prompts[0]]
     rows, pending, draft = [Decoded() for _ in prompts], prompts, []
+    forms = forms or [None] * len(prompts)
     while True:
-        start, ids = cache.length, pad([[*new, *draft] for new in pending], model.device)
-        hidden = model(ids, cache)
-        ends = torch.tensor([[len(new) - 1 + i for i in range(len(draft) + 1)] for new in pending])
+        start, old = cache.length, pending
+        hidden = model(pad([[*new, *draft] for new in old], model.device), cache)
+        ends = torch.tensor([[len(new) - 1 + i for i in range(len(draft) + 1)] for new in old])
         logits = model.logits(hidden[torch.arange(len(rows))[:, None], ends])   # (B, draft + 1, V)
         for read, step in enumerate(logits.unbind(1)):      # step follows `read` of the draft
             tokens = choose(step, temperature, top_p, generators)
-            write_down(rows, tokens, step, eos, temperature == 0)
-            if all(row.ended or len(row.ids) == max_new_tokens for row in rows):
+            pending = write_down(rows, tokens, step, eos, temperature == 0, forms)
+            if all(row.ended or len(row.ids) >= max_new_tokens for row in rows):
                 return rows
-            context.append(tokens[0])
-            if read == len(draft) or tokens[0] != draft[read]:
+            context += pending[0]
+            if read == len(draft) or pending[0] != [draft[read]]:
                 break
         if draft:
-            cache.cut(start + len(pending[0]) + read)       # what was drafted wrongly is forgotten
-        pending = [[PAD if row.ended else token] for row, token in zip(rows, tokens)]
+            cache.cut(start + len(old[0]) + read)       # what was drafted wrongly is forgotten
         left = max_new_tokens - len(rows[0].ids) - 1
         draft = look_up(context)[:left] if len(rows) == 1 else []

@@ -40,7 +40,7 @@ from data import Sample, call_prompt, call_text, request_text, with_request
 from evaluate import Record, exact_match, printable, reachable, read_run, table, write_run
 from lora import adapters, new_params
 from model import KVCache, Qwen2, Tokenizer, fingerprint, generate, pad, seeded
-from uncertainty import PrefixCaches, score_candidates, softmax_difference
+from uncertainty import PrefixCaches, answer_start, score_candidates, softmax_difference
 
 TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
@@ -67,8 +67,8 @@ class Config:
     limit: int = option(0, RUN, "only the first N samples (0: all)")
     tau: float = option(0.95, "H", "uncertain where the softmax difference is below, in [0, 1]")
     k: int = option(1, "G", "pairs for each uncertain sample")
-    pair: str = option("request", "G", "joint (paper): request and call in one go; request (ours): "
-                       "the request, then the majority of sampled calls", "joint", "request")
+    pair: str = option("call", "G", "joint (paper): a request and its call in one go; call (ours): "
+                       "a call of the likeliest tool, then its request", "joint", "call")
     temperature: float = option(0.7, "G", "of all sampling")
     top_p: float = option(0.95, "G", "nucleus of all sampling, in (0, 1]")
     adapt: str = option("full", "T", "full (paper): the adapter acts on all tokens; suffix (ours), "
@@ -130,6 +130,7 @@ class Assessed:
     margin: float                       # u(x), the softmax difference
     prompt_tokens: int
     text: str                           # the direct answer
+    begun: str                          # how it begins, up to the name: what l_n is scored after
     ids: list[int]                      # its tokens, without the end token
     log_p: list[float]                  # of each token chosen, the end token included, nats
     entropy: list[float]                # of the distribution that each was chosen from, nats
@@ -144,16 +145,16 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Asse
         cache = agent.prefixes.read(head)
         with torch.no_grad():                                       # x is read once, for all
             model(torch.tensor([rest[:-1]], device=model.device), cache)
-        names = [tool["name"] for tool in sample.tools]
-        l = score_candidates(model, tokenizer, cache, rest[-1:], names)
-        lines.append(Assessed(sample.id, request_text(sample), dict(zip(names, l.tolist())),
-                              softmax_difference(l), len(head) + len(rest), "", [], [], []))
         caches.append(cache)
         last.append(rest[-1:])
     answers = generate(model, last, tokenizer.eos, config.max_new_tokens, KVCache.stack(caches))
-    for line, answer in zip(lines, answers):
-        line.text, line.ids = tokenizer.decode(answer.ids), answer.ids
-        line.log_p, line.entropy = answer.log_p, answer.entropy
+    for sample, answer, cache, end in zip(samples, answers, caches, last):
+        text, names = tokenizer.decode(answer.ids), [tool["name"] for tool in sample.tools]
+        begun = answer_start(text)
+        l = score_candidates(model, tokenizer, cache, end, names, begun)
+        lines.append(Assessed(
+            sample.id, request_text(sample), dict(zip(names, l.tolist())), softmax_difference(l),
+            cache.length + 1, text, begun, answer.ids, answer.log_p, answer.entropy))
     return lines
 
 
@@ -309,7 +310,7 @@ def self_improve(agent: Agent, samples: Sequence[Sample], config: Config,
     if config.method == "base":
         return [Outcome(h[x.id]) for x in samples]
     unsure = [x for x in samples if h[x.id].margin < config.tau]                    # l.4
-    g = kept(G, unsure, lambda xs: synthesize(agent.writer, xs, config))            # l.5  (x', y')
+    g = kept(G, unsure, lambda xs: synthesize(agent.writer, xs, h, config))         # l.5  (x', y')
     able = [x for x in unsure if g[x.id].pairs]
     lessons = {x.id: lessons_of(x, g[x.id]) for x in able}
     t = kept(T, able, lambda xs: adapt(agent, xs, [lessons[x.id] for x in xs], config))  # l.6-9

@@ -4,6 +4,7 @@ Each candidate a_n is a tool's name. Its score is l_n = log P(a_n | x), a sum ov
 Relative Softmax Scoring turns the scores into p_n, and u(x) = p_(1) - p_(2) is the softmax
 difference: large when the model is sure. All candidates share one cached prompt.
 """
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from os.path import commonprefix
@@ -13,6 +14,16 @@ import torch
 from model import KVCache, Qwen2, Tokenizer, pad
 
 ANSWER_START = '<tool_call>\n{"name": "'        # how an answer begins, up to where candidates part
+NAMED = re.compile(r'"(?:name|tool|function)"\s*:\s*"')
+
+
+def answer_start(text: str) -> str:
+    """An answer up to where it names its tool; ANSWER_START where it names none."""
+    # paper: log P(a_n | x).
+    # ours: after the model's own first words. A model that never writes <tool_call> is not asked
+    # what it would say behind one.
+    named = NAMED.search(text)
+    return text[:named.end()] if named else ANSWER_START
 
 
 def relative_softmax(log_likelihoods: torch.Tensor) -> torch.Tensor:
@@ -35,10 +46,11 @@ def softmax_difference(log_likelihoods: torch.Tensor) -> float:
 
 @torch.no_grad()
 def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: Sequence[int],
-                     names: Sequence[str]) -> torch.Tensor:
+                     names: Sequence[str], begun: str = ANSWER_START) -> torch.Tensor:
     """l_n = log P(a_n | x) in nats for each of N names, (N,) float32 on the CPU, in one batch.
 
-    cache: the prompt but for its last tokens, which are `last`; it is left as it was.
+    cache: the prompt but for its last tokens, which are `last`; it is left as it was. begun: how
+    the answer begins, up to the name.
     """
     if not names:
         raise ValueError("no candidate to score: the sample offers no tool")
@@ -47,9 +59,9 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
     # beginning), as the sum over all tokens that begin with a quotation mark. Which one of them
     # it is (`"`, `",`, ...) depends on what the model means to write after it.
     # A name that begins in punctuation joins the quotation mark before it into one token, so the
-    # two are encoded together; what all have in common of ANSWER_START is read once.
-    whole = [tokenizer.encode(ANSWER_START + name) for name in names]
-    shared = len(commonprefix([tokenizer.encode(ANSWER_START), *whole]))
+    # two are encoded together; what all have in common of `begun` is read once.
+    whole = [tokenizer.encode(begun + name) for name in names]
+    shared = len(commonprefix([tokenizer.encode(begun), *whole]))
     tokens = [ids[shared:] for ids in whole]
     cache = cache.fork()
     start = torch.tensor([[*last, *whole[0][:shared]]], device=model.device)

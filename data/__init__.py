@@ -62,12 +62,9 @@ def call_text(calls: tuple[Call, ...]) -> str:
 
 
 def request_text(sample: Sample) -> str:
-    """The sample's request on one line; a dialogue as its turns, with who says what."""
-    spoken = [(m["role"].capitalize(), " ".join(m["content"].split())) for m in sample.messages
-              if not m["content"].startswith("<tool_")]
-    if len(spoken) == 1:
-        return spoken[0][1]
-    return " ".join(f"{role}: {text}" for role, text in spoken)
+    """What the user says, on one line: of a dialogue the user's turns alone."""
+    said = [m["content"] for m in sample.messages if m["role"] == "user"]
+    return " ".join(" ".join(text.split()) for text in said if not text.startswith("<tool_"))
 
 
 def with_request(sample: Sample, request: str) -> Sample:

@@ -169,7 +169,7 @@ _KINDS = {"string": "string", "str": "string", "integer": "integer", "int": "int
           "array": "array", "list": "array", "object": "object", "dict": "object"}
 
 
-def _kind(schema: dict) -> str:
+def kind_of(schema: dict) -> str:
     """The kind of a declared type: "array" for `list(str)`, "" if none is understood (any fits)."""
     return _KINDS.get(re.split(r"\W", str(schema.get("type")).lower(), maxsplit=1)[0], "")
 
@@ -212,7 +212,7 @@ def check_call(call: Call, tools: Sequence[dict]) -> str:
     for name, value in given.items():
         if name not in parameters:
             return f"unknown argument: {name:.40}"
-        kind = _kind(parameters[name])
+        kind = kind_of(parameters[name])
         found, content = value_key(value, parameters[name])
         if found == "number" and kind == "integer" and content == content.to_integral_value():
             found = "integer"
@@ -226,7 +226,7 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
     """What a value means under its schema: ("number", Decimal("5")) for 5, 5.0 and "5". A text is
     read as what is declared, or as a number or boolean where no type is, as inside an object. Where
     a string is declared, both are their JSON text. Booleans are never numbers."""
-    kind = _kind(schema)
+    kind = kind_of(schema)
     if isinstance(value, str):
         text = unicodedata.normalize("NFC", value).strip()
         if kind in ("integer", "number", "") and re.fullmatch(_NUMBER, text):

@@ -123,7 +123,7 @@ def improve(agent: Agent, samples: Sequence[Sample], config: GateConfig, kept: K
     """Algorithm 1 with another line 4: `through` are the ids of those to adapt to."""
     h = kept(train.H, samples, lambda xs: assess(agent, xs, config))
     chosen = [x for x in samples if x.id in through]
-    g = kept(train.G, chosen, lambda xs: synthesize(agent.writer, xs, config))
+    g = kept(train.G, chosen, lambda xs: synthesize(agent.writer, xs, h, config))
     able = [x for x in chosen if g[x.id].pairs]
     lessons = {x.id: lessons_of(x, g[x.id]) for x in able}
     t = kept(train.T, able, lambda xs: adapt(agent, xs, [lessons[x.id] for x in xs], config))

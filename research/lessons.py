@@ -3,7 +3,7 @@
     python -m research.lessons --lesson unrelated --bench toolalpaca
     python -m research.lessons --filter consistent --measure-kl --k 4 --bench toolalpaca
 
---lesson self: pairs written for the sample (the paper's). unrelated: those written for another
+--pair request: what --pair call replaced. --lesson self: pairs written for the sample (the paper's). unrelated: those written for another
 sample, drawn by the seed. gold: the sample's own request and its gold calls, which uses labels: an
 upper bound. --filter says which written pairs are kept. --measure-kl records how far an adapter
 moves the model, as KL(adapted || base). What is like train.py is kept with train.py's lines. The
@@ -11,7 +11,8 @@ answer stands in research/RESULTS.md, "What to learn?".
 """
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,15 +22,18 @@ import torch.nn.functional as F
 import augment
 import data
 import train
-from augment import (LABELS, Draft, Found, Label, Pair, Writer, check_text, label_drafts, majority,
-                     sample_labels, synthesize)
-from data import Sample, call_prompt, call_text, request_text
+from augment import (JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, WAYS, Draft, Found, Pair,
+                     Prompt, Writer, check_request, check_text, in_form_of, synthesize)
+from data import Sample, call_prompt, request_text, system_message, with_request
 from data.calls import Call, calls_key, parse_calls
 from lora import Params, adapters, new_params
 from model import seeded
 from research.stream import adapt_with, one_by_one
 from train import Adapted, Agent, Assessed, Kept, Lesson, Outcome, Stage, option
 
+ASK_REQUEST = ("Write two requests that a user may make of these tools. Both need the same tool, "
+               "but the second is about other names, places, numbers or dates, in other words.")
+LABELS, AGREE = 5, 2    # sampled answers to a request; so many of them make a label
 KL_TOKENS = 256         # the last of a request, over which the KL is taken
 
 
@@ -39,10 +43,11 @@ class LessonConfig(train.Config):
     lesson: str = option("self", "G", "whose pairs are learnt: the sample's own; unrelated: "
                          "another sample's; gold: its own request and gold calls (uses labels)",
                          "self", "unrelated", "gold")
+    pair: str = option("call", "G", "as of train.py; request: a request first, then the majority "
+                       "of sampled calls for it", "joint", "call", "request")
     filter: str = option("schema", "G", "a written pair is kept if: none: there is any answer; "
-                         "schema (the default of train.py): it fits the tools; consistent: more "
-                         "than half of the sampled answers agree with it, too",
-                         "none", "schema", "consistent")
+                         "schema (train.py's checks); consistent: more than half of sampled "
+                         "answers agree with it, too", "none", "schema", "consistent")
     measure_kl: bool = option(False, "T", "record KL(adapted || base), for two passes more")
     uses_labels: bool = option(False, "G", "set by the program where a run reads labels")
 
@@ -53,37 +58,78 @@ class LessonConfig(train.Config):
                              "use ttsi")
 
 
-# ------------------------------------------------------ --filter: labels of drafts, for synthesize
+# -------------------------------------------------------------------------------- --pair request
 
-def any_answer(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[Label]:
-    """The labels of drafts as they are written, or with --pair request one sampled answer each."""
-    texts = [[draft.rest] for draft in drafts]
-    if config.pair == "request":
-        texts = sample_labels(writer, drafts, attempt, config, 1)
-    return [Label(text, 1, "" if text.strip() else "no call could be read", [text])
-            for text, in texts]
-
-
-def agreed(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[Label]:
-    """The labels that more than half of LABELS sampled answers agree with."""
-    labels = []
-    for draft, texts in zip(drafts, sample_labels(writer, drafts, attempt, config)):
-        label = majority(texts, draft.sample, LABELS // 2 + 1)
-        if config.pair == "joint" and not label.reason:         # what was written is to be kept
-            reason = check_text(draft.rest, draft.sample)
-            if meaning(draft.rest, draft.sample) != meaning(label.text, draft.sample):
-                reason = "the majority calls something else"
-            label = replace(label, text=draft.rest, reason=reason)
-        labels.append(label)
-    return labels
+def answers(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[list[str]]:
+    """For each draft, LABELS sampled answers to its request."""
+    prompts = [Prompt(call_prompt(with_request(d.sample, d.request))) for d in drafts]
+    keys = [[(config.seed, d.sample.id, "label", attempt, i) for i in range(LABELS)]
+            for d in drafts]
+    return writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys)
 
 
-def meaning(text: str, sample: Sample):
-    """Equal for texts that call the same."""
-    return calls_key(parse_calls(text).calls, sample.tools)
+def majority(texts: Sequence[str], sample: Sample) -> tuple[str, int]:
+    """The first text that calls what most of them call, and how many do; ("", 0) of none."""
+    meanings = [calls_key(parse_calls(text).calls, sample.tools) for text in texts]
+    if not meanings:
+        return "", 0
+    meaning, votes = Counter(meanings).most_common(1)[0]
+    return texts[meanings.index(meaning)], votes
 
 
-FILTERS = {"none": any_answer, "schema": label_drafts, "consistent": agreed}
+def write_request_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
+                        config) -> list[Draft]:
+    """A draft for each sample: a new request, and what at least AGREE of LABELS answers to it call
+    that fit the tools."""
+    prompts = [Prompt([system_message(x.tools), {"role": "user", "content": ASK_REQUEST}],
+                      JOINT_START.format(request=request_text(x))) for x in samples]
+    keys = [[(config.seed, x.id, "pair", attempt)] for x in samples]
+    written = writer(prompts, MAX_REQUEST_TOKENS, config.temperature, config.top_p, keys)
+    drafts = []
+    for sample, (text,) in zip(samples, written):
+        request = text.strip().partition("\n")[0].strip().removesuffix('"').strip()
+        drafts.append(Draft(sample, [text], request, "", check_request(request, sample)))
+    asked = [draft for draft in drafts if not draft.reason]
+    for draft, texts in zip(asked, answers(writer, asked, attempt, config) if asked else []):
+        draft.written += texts
+        fitting = [text for text in texts if not check_text(text, draft.sample)]
+        draft.text, votes = majority(fitting, draft.sample)
+        draft.reason = "" if votes >= AGREE else f"fewer than {AGREE} fitting calls agree"
+    return drafts
+
+
+# --------------------------------------------------------------------------------------- --filter
+
+def unfiltered(write: Callable, *args) -> list[Draft]:
+    """Drafts of which all are kept that have a request and an answer."""
+    drafts = write(*args)
+    for draft in drafts:
+        if draft.request and draft.text:
+            draft.reason = ""
+    return drafts
+
+
+def consistent(write: Callable, writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
+               config) -> list[Draft]:
+    """Drafts of which those are kept that more than half of LABELS sampled answers agree with."""
+    drafts = write(writer, samples, h, attempt, config)
+    asked = [draft for draft in drafts if not draft.reason]
+    for draft, texts in zip(asked, answers(writer, asked, attempt, config) if asked else []):
+        draft.written += texts
+        most, votes = majority(texts, draft.sample)
+        same = majority([draft.text, most], draft.sample)[1] == 2
+        if votes <= LABELS // 2 or not same:
+            draft.reason = "most answers to it call something else"
+    return drafts
+
+
+FILTERS = {"none": unfiltered, "schema": None, "consistent": consistent}
+
+
+def way_of(config: LessonConfig) -> Callable:
+    """What gives the drafts of a try."""
+    write = {**WAYS, "request": write_request_first}[config.pair]
+    return partial(FILTERS[config.filter], write) if FILTERS[config.filter] else write
 
 
 # -------------------------------------------------------------------- --lesson: unrelated and gold
@@ -93,16 +139,6 @@ def another(sample: Sample, everyone: Sequence[Sample], seed: int) -> Sample:
     others = [other for other in everyone if other.id != sample.id]
     draw = torch.randint(len(others), (), generator=seeded(seed, sample.id, "unrelated"))
     return others[int(draw)]
-
-
-def in_form_of(text: str, calls: Sequence[Call]) -> str:
-    """Calls as a model writes them that wrote `text`."""
-    # ours: without the tags if the model writes none. Learning both, the tags and the calls, from
-    # one pair, the 0.5B learnt neither: it went on with further calls.
-    lines = call_text(calls).splitlines()
-    if "<tool_call>" not in text:
-        lines = [line for line in lines if line not in ("<tool_call>", "</tool_call>")]
-    return "\n".join(lines)
 
 
 def gold_pair(sample: Sample, line: Assessed, calls: Sequence[Call]) -> Found:
@@ -152,8 +188,9 @@ def stages(config: LessonConfig) -> tuple[Stage, Stage]:
     g, t = train.G, train.T
     if config.lesson == "gold":
         g = GOLD
-    elif config.filter != "schema":
-        g = replace(g, reads=(*g.reads, "filter"), code=(augment, FILTERS[config.filter]))
+    elif config.filter != "schema" or config.pair == "request":
+        own = (answers, majority, write_request_first, unfiltered, consistent)
+        g = replace(g, reads=(*g.reads, "filter"), code=(augment, *own))
     if config.lesson != "self":
         t = replace(t, reads=(*t.reads, "seed"), code=(*t.code, another))
     if config.measure_kl:
@@ -176,8 +213,9 @@ def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept:
         lessons = {x.id: [(call_prompt(x), p.text) for p in g[x.id].pairs] for x in unsure}
     else:
         subjects = list({y.id: y for y in about.values()}.values())     # two may draw the same
-        written = kept(g_stage, subjects, lambda xs: synthesize(agent.writer, xs, config,
-                                                                FILTERS[config.filter]))
+        h |= kept(train.H, subjects, lambda xs: train.assess(agent, xs, config))
+        written = kept(g_stage, subjects,
+                       lambda xs: synthesize(agent.writer, xs, h, config, way_of(config)))
         g = {x.id: written[about[x.id].id] for x in unsure}
         lessons = {x.id: train.lessons_of(about[x.id], g[x.id]) for x in unsure}
 

@@ -17,7 +17,7 @@ import torch
 import train
 from data import Sample, call_prompt
 from model import seeded
-from train import Agent, Kept, Outcome, Stage, option
+from train import Agent, Assessed, Kept, Outcome, Stage, option
 from uncertainty import score_candidates
 
 
@@ -40,8 +40,9 @@ class Ordered:
     seconds: float = 0.0
 
 
-def reorder(agent: Agent, samples: Sequence[Sample], config: OrdersConfig) -> list[Ordered]:
-    """l_n under up to --orders different orders. Lists of one length are shuffled alike, so equal
+def reorder(agent: Agent, samples: Sequence[Sample], h: dict[str, Assessed],
+            config: OrdersConfig) -> list[Ordered]:
+    """l_n, after the same words, under up to --orders different orders. Lists of one length are shuffled alike, so equal
     ones share their caches."""
     lines = []
     for sample in samples:
@@ -54,7 +55,7 @@ def reorder(agent: Agent, samples: Sequence[Sample], config: OrdersConfig) -> li
                 head, rest = agent.tokenizer.split_chat(call_prompt(shuffled))
                 names = [tool["name"] for tool in shuffled.tools]
                 l = score_candidates(agent.model, agent.tokenizer, agent.prefixes.read(head), rest,
-                                     names)
+                                     names, h[sample.id].begun)
                 rows.append(l[torch.tensor(order).argsort()].tolist())
             order = torch.randperm(n, generator=draw).tolist()
         lines.append(Ordered(sample.id, rows))
@@ -68,7 +69,7 @@ def improve(agent: Agent, samples: Sequence[Sample], config: OrdersConfig,
             kept: Kept) -> list[Outcome]:
     """H, and its scores again under other orders."""
     h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
-    o = kept(ORDERS, samples, lambda xs: reorder(agent, xs, config))
+    o = kept(ORDERS, samples, lambda xs: reorder(agent, xs, h, config))
     return [Outcome(h[x.id], extra={"orders": o[x.id].orders}) for x in samples]
 
 

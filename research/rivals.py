@@ -18,7 +18,6 @@ import json
 import shutil
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -33,12 +32,11 @@ import data
 import evaluate
 import lora
 import train
-from augment import LocalWriter, Writer, check_text, synthesize
+from augment import LocalWriter, Prompt, Writer, check_text, synthesize
 from data import Sample, call_prompt, call_text, with_request
-from data.calls import calls_key, parse_calls
 from lora import Params, adapters, load_adapter, new_params, save_adapter
 from model import find_checkpoint, seeded
-from research.lessons import benchmark
+from research.lessons import benchmark, majority
 from research.stream import adapt_with, answer_with, answered, one_by_one
 from train import Adapted, Agent, Assessed, Kept, Lesson, Outcome, Stage, option
 from uncertainty import PrefixCaches
@@ -99,7 +97,7 @@ class Sampled:
 
 def draw(writer: Writer, samples: Samples, config: RivalConfig) -> list[Sampled]:
     """--draws sampled answers to the usual prompt, each from a generator of its own."""
-    prompts = [(call_prompt(x), "") for x in samples]
+    prompts = [Prompt(call_prompt(x)) for x in samples]
     keys = [[(config.seed, x.id, "sample", i) for i in range(config.draws)] for x in samples]
     texts = writer(prompts, config.max_new_tokens, config.temperature, config.top_p, keys)
     return [Sampled(x.id, own) for x, own in zip(samples, texts)]
@@ -114,18 +112,12 @@ def sampled(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> 
     return kept(SAMPLED, samples, lambda xs: draw(writer, xs, config))
 
 
-def plurality(texts: Sequence[str], sample: Sample) -> str:
-    """The first text that calls what most of them call."""
-    meanings = [calls_key(parse_calls(text).calls, sample.tools) for text in texts]
-    return texts[meanings.index(Counter(meanings).most_common(1)[0][0])]
-
-
 def vote(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
     """Self-consistency (Wang et al. 2023)."""
     h, outcomes = direct(agent, samples, config, kept), []
     s = sampled(agent, uncertain(samples, h, config), config, kept)
     for x in samples:
-        t = answered(x, plurality(s[x.id].texts, x)) if x.id in s else None
+        t = answered(x, majority(s[x.id].texts, x)[0]) if x.id in s else None
         outcomes.append(Outcome(h[x.id], None, t, extra_of(s.get(x.id))))
     return outcomes
 
@@ -204,7 +196,7 @@ def tticl(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> li
     """TT-ICL, the paper's variant of Algorithm 1 without training."""
     h, chats = direct(agent, samples, config, kept), {}
     unsure = uncertain(samples, h, config)
-    g = kept(train.G, unsure, lambda xs: synthesize(agent.writer, xs, config))
+    g = kept(train.G, unsure, lambda xs: synthesize(agent.writer, xs, h, config))
     for x in unsure:
         pairs = [(with_request(x, pair.request), pair.text) for pair in g[x.id].pairs]
         chats[x.id] = with_examples(x, pairs)
@@ -345,7 +337,7 @@ def then_vote(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -
     """Algorithm 1, and sampled answers of each sample's own model, adapted or not."""
     h = direct(agent, samples, config, kept)
     unsure = [] if config.method == "base" else uncertain(samples, h, config)
-    g = kept(train.G, unsure, lambda xs: synthesize(agent.writer, xs, config))
+    g = kept(train.G, unsure, lambda xs: synthesize(agent.writer, xs, h, config))
     able = [x for x in unsure if g[x.id].pairs]
     lessons = {x.id: train.lessons_of(x, g[x.id]) for x in able}
     t = kept(VOTED, able, lambda xs: one_by_one(

@@ -91,7 +91,7 @@ def improve(agent: Agent, samples: Sequence[Sample], config: StreamConfig, kept:
     """Algorithm 1, but for its last line. `stream` is the adapter so far, {} before the first."""
     h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
     unsure = [x for x in samples if h[x.id].margin < config.tau]
-    g = kept(train.G, unsure, lambda xs: synthesize(agent.writer, xs, config))
+    g = kept(train.G, unsure, lambda xs: synthesize(agent.writer, xs, h, config))
     outcomes = []
     for x in samples:                               # in their order, whatever the batch
         found, start, lines = g.get(x.id), time.perf_counter(), []

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from augment import ASK_PAIR, ASK_REQUEST, PAIR_START
+from augment import ASK_JOINT, ASK_PAIR, JOINT_START, PAIR_START, call_json, quoted
 from data import (ASK_CALL, SYSTEM, call_prompt, call_text, parse_sample, request_text,
                   system_message)
 from data.calls import required_arguments
@@ -49,7 +49,8 @@ SAME_DOMAIN = 0.3       # ... or with a neighbour (hotel, flight); else it is of
 BY = 0.08               # two tools do one thing by other parameters (get_song_by_year, _by_title)
 NATURAL = 0.5           # a value is said without its name ("in Velora", not "with city Velora")
 SENTENCE = 0.2          # a value has a sentence of its own
-OPTIONAL, UNSAID = 0.4, 0.6     # a later parameter is optional, and then the request leaves it out
+OPTIONAL, UNSAID = 0.8, 0.75    # a later parameter is optional, and then the request leaves it out
+HASTY = 0.05            # ... but in training: so the model makes one up where nobody spoke of it
 FLAG, DESCRIBED = 0.08, 0.05    # a tool has a flag among its parameters; one has a description
 ODD = 0.7               # a noun, service or phrase of the training split has random letters in it
 TWO_CALLS = 0.1         # a request in ToolAlpaca's manner needs two calls
@@ -63,6 +64,8 @@ class Wording:
     odd: float = 0.0                # phrases that are garbled
     vague: float = 0.0              # requests that do not say what to do
     synonym: float = SYNONYM        # the others, with any verb that means the same as the tool's
+    unsaid: float = UNSAID          # optional parameters that the request leaves out
+    most: int = 9                   # tools, at most
     pieces: tuple[str, ...] = ()    # tokens to make up words of, from when there is a tokenizer
 
 
@@ -232,8 +235,8 @@ GROUP_OF = {verb: group for group, verbs in enumerate(VERBS) for verb in verbs}
 TYPES = {"sealtool": {"string": "str", "integer": "int", "number": "float", "boolean": "bool"},
          "apibank": {"string": "str", "integer": "str", "number": "str", "boolean": "bool"}}
 TOOLS = {"toolalpaca": (2, 3), "sealtool": (5,), "apibank": (1, 2, 2, 3), "nexusraven": (3, 4, 5)}
-PARAMETERS = {"toolalpaca": (0, 1, 1, 2, 2), "sealtool": (0, 0, 1, 1, 1, 2),
-              "apibank": (1, 1, 2, 2, 3), "nexusraven": (1, 1, 1, 2)}
+PARAMETERS = {"toolalpaca": (0, 1, 1, 2), "sealtool": (0, 1, 1, 2), "apibank": (1, 1, 2, 2),
+              "nexusraven": (1, 1, 2)}
 
 
 def make_tool(r: Random, bench: str, service: str, group: int, thing: str, kinds: list[str],
@@ -253,6 +256,8 @@ def make_tool(r: Random, bench: str, service: str, group: int, thing: str, kinds
         if kind in KINDS and r.random() < DESCRIBED:
             schema["description"] = f"The {label.replace('_', ' ')}"
         must = not parameters or r.random() >= OPTIONAL
+        if bench == "apibank" and not must:         # its way to say so
+            schema["description"] = f"[Optional] The {label.replace('_', ' ')}"
         required += [label] if must else []
         if bench == "nexusraven" or bench == "toolalpaca" and must:
             schema["required"] = must
@@ -279,7 +284,7 @@ def make_tools(r: Random, bench: str, words: Wording) -> list[dict]:
     """The tools of a task, as hard to tell apart as the constants at the top say."""
     same_thing, security = max(SAME_THING, words.vague), bench == "nexusraven"
     domains = DOMAINS[words.split].strip().splitlines()
-    domain, size = r.choice(domains), r.choice(TOOLS[bench])
+    domain, size = r.choice(domains), min(r.choice(TOOLS[bench]), words.most)
     service = ""
     if security:
         odd = words.odd and r.random() < words.odd
@@ -364,7 +369,7 @@ def plan(r: Random, tool: dict, words: Wording) -> tuple[str, list[tuple], dict]
     thing = say(r, phrases["thing" if facet else "noun"], words).format(noun=noun, facet=facet)
     deed, said, arguments = f"{verb} {thing}", [], {}
     for i, (key, schema) in enumerate(tool["parameters"].items()):
-        if i > 0 and key not in required_arguments(tool) and r.random() < UNSAID:
+        if i > 0 and key not in required_arguments(tool) and r.random() < words.unsaid:
             continue
         if key in FLAGS:
             arguments[key] = r.random() < 0.5
@@ -474,19 +479,20 @@ class Stage:
     steps: int
     peak: float                             # learning rate
     words: Wording
-    mix: tuple[float, ...] = (0.75, 0.17, 0.08)     # shares that ask for a call, request, or both
+    mix: tuple[float, ...] = (0.83, 0.13, 0.04)     # shares that ask for a call, a pair, joint
 
 
-STAGES = (Stage(9000, 1.5e-3, Wording()),                       # first to copy,
-          Stage(1500, 5e-4, Wording(vague=VAGUE)),              # then to doubt, then to choose
-          Stage(6000, 1.2e-3, Wording(vague=VAGUE, synonym=0.6), (0.6, 0.28, 0.12)))
+STAGES = (Stage(4000, 1.5e-3, Wording(unsaid=HASTY, most=2)),   # first to copy, from short prompts,
+          Stage(800, 7e-4, Wording(unsaid=HASTY, vague=VAGUE)),            # then to doubt,
+          Stage(2000, 1.2e-3, Wording(unsaid=HASTY, vague=VAGUE, synonym=0.6),      # then to choose
+                (0.68, 0.26, 0.06)))
 
 
 def fixed_text() -> list[str]:
     """The template's text, one added token each: five layers should copy values, not spell it."""
     before, after = SYSTEM.split("{tools}")
     return ["system\n" + before, after, "user\n", "assistant\n", ASK_CALL, ASK_CALL.strip(),
-            ASK_REQUEST, ASK_PAIR.removeprefix(ASK_REQUEST), '1. "', '"\n2. "', ANSWER_START,
+            ASK_PAIR, ASK_JOINT, '1. "', '"\n2. "', '1. {"name": "', '"\n2. {"name": "', '}}\n"', ANSWER_START,
             '", "arguments": {', "}}\n</tool_call>", '{"name": "', '", "description": "',
             '", "parameters": {', '": {"type": "', '", "required": true}', '", "required": false}',
             '"}}}', '"}, "', '}, "required": [', "<tool_response>\n", "\n</tool_response>"]
@@ -516,19 +522,26 @@ def make_tokenizer(folder: Path, vocabulary: int, seed: int) -> Tokenizer:
 
 
 def example(r: Random, tokenizer: Tokenizer, stage: Stage, words: Wording) -> Example:
-    """One training example: a call, a request like another, or such a request and its call."""
+    """One training example: a call; or a pair like another, call first, or request first."""
     item = make_task(r, r.choice(BENCHES), words)
     sample = parse_sample(item, "train", "research.tiny")
-    kind = r.choices(("call", "request", "joint"), stage.mix)[0]
+    kind = r.choices(("call", "pair", "joint"), stage.mix)[0]
     if kind == "call":
         prompt, answer = tokenizer.chat(call_prompt(sample)), call_text(sample.answers)
     else:
-        new = parse_sample(similar(item, r, replace(words, vague=0.0)), "train", "research.tiny")
-        ask = {"role": "user", "content": ASK_REQUEST if kind == "request" else ASK_PAIR}
-        prompt = tokenizer.chat([system_message(sample.tools), ask])
-        prompt += tokenizer.encode(PAIR_START.format(request=request_text(sample)))
-        answer = request_text(new) + '"'
-        answer += "\n" + call_text(new.answers) if kind == "joint" else ""
+        calls = item["answers"][:1] if kind == "pair" else item["answers"]
+        like = similar({**item, "answers": calls}, r, replace(words, vague=0.0, unsaid=UNSAID))
+        new = parse_sample(like, "train", "research.tiny")
+        ask = {"role": "user", "content": ASK_PAIR if kind == "pair" else ASK_JOINT}
+        prompt, begun = tokenizer.chat([system_message(sample.tools), ask]), '{"name": "'
+        if kind == "pair":
+            seed = {"call": call_json(sample.answers[0]), "request": quoted(request_text(sample))}
+            prompt += tokenizer.encode(PAIR_START.format(**seed) + begun)
+            new_call = call_json(new.answers[0]).removeprefix(begun)
+            answer = f"{new_call}\n{quoted(request_text(new))}"
+        else:
+            prompt += tokenizer.encode(JOINT_START.format(request=request_text(sample)))
+            answer = f'{request_text(new)}"\n{call_text(new.answers)}'
     return prompt, [*tokenizer.encode(answer), tokenizer.im_end]
 
 
