@@ -484,15 +484,17 @@ class Filling:
 
     def __init__(self, form: Form, tokenizer: Tokenizer):
         self.blanks, self.tokenizer = list(zip(form.closers, form.parts[1:])), tokenizer
+        self.last = ""                  # the character before
 
     def read(self, token: int) -> list[int]:
         """The tokens that follow where `token` was chosen: itself, or if it closes a blank what
         stands before the closing character, and the next part."""
         piece, (closers, part) = self.tokenizer.decode([token]), self.blanks[0]
         for i, character in enumerate(piece):
-            if character in closers and piece[:i][-1:] != "\\":
+            if character in closers and self.last != "\\":
                 del self.blanks[0]
                 return self.tokenizer.encode(piece[:i] + part)
+            self.last = character
         return [token]
 
 

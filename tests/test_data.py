@@ -187,11 +187,11 @@ def test_text_beyond_ascii_and_a_byte_order_mark_are_kept(tmp_path):
     assert data.request_text(samples[0]) == "Zürich 😀"
 
 
-def test_a_dialogue_becomes_one_line_with_its_speakers(tmp_path):
+def test_of_a_dialogue_the_request_is_what_the_user_says_on_one_line(tmp_path):
     query = turns(("user", "Book it.\nPlease"), ("agent", "For when?"),
                   ("assistant", PAST), ("tool", "ok"), ("user", "Monday"))
     sample = loaded(tmp_path, query=query)
-    assert data.request_text(sample) == "User: Book it. Please Assistant: For when? User: Monday"
+    assert data.request_text(sample) == "Book it. Please Monday"
     assert data.request_text(loaded(tmp_path, query=" a\n b ")) == "a b"
 
 

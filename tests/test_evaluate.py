@@ -35,7 +35,7 @@ def record(id: str, base: bool, answer: bool, outcome: str = "adapted", **change
     made = Record(
         id, request="What?", margin=0.5, uncertain=outcome != "certain", outcome=outcome,
         candidates={"g": -2.5, "f": -0.5}, base=verdict(base), answer=verdict(answer),
-        pairs=[{"request": "Why?", "text": "f(x=2)", "votes": 3}], losses=[0.5, 0.25],
+        pairs=[{"request": "Why?", "text": "f(x=2)", "read_back": False}], losses=[0.5, 0.25],
         rejected=[{"text": "bad", "reason": "unknown argument: y"}], norms=[9.0, 2.0],
         seconds={"score": 1.0, "base": 0.5}, tokens={"score": 7}, gold="f(x=1)", reachable=True,
         log_p=[-0.5, -0.25], entropy=[0.5, 0.25], ids=[5], prompt_tokens=9)
@@ -104,7 +104,7 @@ def test_further_keys_are_tolerated_and_a_whole_number_is_a_number(folder):
     ("uncertain", {"uncertain": 1}), ("candidates", {"candidates": {"f": "x"}}),
     ("candidates", {"candidates": [1.0]}), ("losses", {"losses": 0.5}), ("ids", {"ids": [1.5]}),
     ("losses", {"losses": [-math.inf]}), ("pairs", {"pairs": ["x"]}), ("extra", {"extra": None}),
-    ("votes", {"pairs": [{"request": "", "text": ""}]}), ("reason", {"rejected": [{"text": ""}]}),
+    ("read_back", {"pairs": [{"request": "", "text": ""}]}), ("reason", {"rejected": [{"text": ""}]}),
     ("exact", {"base": {"text": ""}}), ("answer", {"answer": "f()"})])
 def test_a_record_without_a_field_or_with_another_type_is_named(folder, named, change):
     change_second_line(folder, change)
@@ -215,7 +215,7 @@ def test_a_story_has_all_that_happened_in_the_papers_order():
         " candidate   11.9% ####                           g",
         "    margin  0.500, below tau = 0.95",
         "      pair  Why?",
-        "            f(x=2)   (votes: 3)",
+        "            f(x=2)",
         "  rejected  unknown argument: y: bad",
         "    losses  0.500 0.250",
         "    before  wrong  g()   (wrong name: g for f)",

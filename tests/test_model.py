@@ -1,6 +1,7 @@
 """model.py against Hugging Face's Qwen2 (where it is installed), against golden logits of it, and
 against definitions. `python tests/test_model.py` writes the golden logits anew."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from conftest import transformers_model, write_checkpoint
 from data import call_text
 from data.calls import Call
 from lora import adapters, new_params
-from model import (PAD, Decoded, KVCache, PackedLinear, Tokenizer, choose, find_checkpoint,
-                   fingerprint, generate, load_model, look_up, seeded)
+from model import (PAD, Decoded, Filling, Form, KVCache, PackedLinear, Tokenizer, choose,
+                   find_checkpoint, fingerprint, generate, load_model, look_up, seeded)
 
 HERE = Path(__file__).parent
 SHAPES = {"tied, 2 of 4 heads": {},
@@ -250,6 +251,40 @@ def test_drafts_write_in_fewer_passes_what_decoding_token_by_token_writes(limit,
             drafted += len(passes)
             assert_same(written, [expected])
     assert drafted < 0.9 * one_by_one if limit == 30 else drafted <= one_by_one
+
+
+def test_a_form_is_filled_as_by_one_who_reads_all_of_it_again_for_each_token(model, tokenizer):
+    """By a row alone, which drafts, and beside rows of other forms and of none."""
+    how = SAMPLED
+    forms = [Form(('"', '", "b": ', "}"), ("aet \n", "nio,;")), None, Form(("", "!"), ('"abcde',))]
+    alone = []
+    for ids, form, seed in zip(PROMPTS, forms, (0, 2, 4)):
+        ids, generator = list(ids), seeded(seed)
+        begun = len(ids)
+        for closers, part in zip(form.closers, form.parts[1:]) if form else ():
+            piece = ""
+            while not set(piece) & set(closers):
+                token, = plain(model, ids, frozenset(), 1, how, generator).ids
+                piece, ids = tokenizer.decode([token]), [*ids, token]
+            before = re.match(f"[^{re.escape(closers)}]*", piece)[0]
+            ids = ids[:-1] + tokenizer.encode(before + part)
+        alone.append(ids[begun:] if form else plain(model, ids, limit=9, how=how,
+                                                    generator=generator).ids)
+    def fill(rows):
+        fillings = [Filling(forms[i], tokenizer) if forms[i] else None for i in rows]
+        limit = 9 if rows == [1] else 400
+        return [row.ids for row in generate(model, [PROMPTS[i] for i in rows], frozenset(), limit,
+                                            None, *how, [seeded(2 * i) for i in rows],
+                                            fillings)]
+    assert [fill([i])[0] for i in range(3)] == alone
+    assert fill([2, 0]) == [alone[2], alone[0]]
+
+
+def test_a_blank_goes_on_behind_a_backslash(tokenizer):
+    filling = Filling(Form(("", '"'), ('"',)), tokenizer)
+    for token in tokenizer.encode('a \\"b'):
+        assert filling.read(token) == [token]
+    assert filling.read(*tokenizer.encode('"')) == tokenizer.encode('"') and not filling.blanks
 
 
 def test_a_draft_is_what_followed_last_time():

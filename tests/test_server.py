@@ -8,7 +8,7 @@ from itertools import accumulate
 import pytest
 from huggingface_hub import constants
 
-from augment import ServerWriter
+from augment import Form, Prompt, ServerWriter
 
 KEY = "sk-secret-1234"
 
@@ -73,15 +73,16 @@ def server(monkeypatch):
     server.close()
 
 
-def ask(server, start="", temperature=0.7, top_p=1.0, wait=0.001, timeout=5.0) -> str:
-    prompt = ([{"role": "user", "content": "hello"}], start)
+def ask(server, start="", form=Form(("",), ()), temperature=0.7, top_p=1.0, wait=0.001,
+        timeout=5.0) -> str:
+    prompt = Prompt([{"role": "user", "content": "hello"}], start, form)
     writer = ServerWriter(server.url, "big", wait, timeout)
     return writer([prompt], 10, temperature, top_p, [[(0, "id")]])[0][0]
 
 
 def test_texts_keep_the_order_of_the_keys_with_at_most_eight_requests_at_a_time(server):
     said = ["slow" if i % 2 else f"quick {i}" for i in range(20)]       # some overtake others
-    prompts = [([{"role": "user", "content": text}], "") for text in said]
+    prompts = [Prompt([{"role": "user", "content": text}]) for text in said]
     keys = [[(0, i, j) for j in range(i % 3)] for i in range(20)]       # 0, 1 or 2 texts a prompt
     texts = ServerWriter(server.url, "big")(prompts, 10, 0.7, 0.9, keys)
     assert texts == [[text] * len(own) for text, own in zip(said, keys)]
@@ -103,6 +104,15 @@ def test_a_start_is_asked_for_and_cut_off_where_the_reply_repeats_it(server, rep
     assert ask(server, start='1. "Hot?"\n2. "') == 'warm?"'
     asked = server.seen[0][2]["messages"][-1]["content"]
     assert asked.startswith("hello\n\nThe answer begins") and asked.endswith('\n1. "Hot?"\n2. "')
+
+
+def test_of_a_form_the_beginning_is_asked_for_and_what_was_written_follows_it(server):
+    """A server cannot fill in blanks: it writes the rest as it likes, and the checks decide."""
+    form = Form(('{"name": "f", "arguments": {"x": "', '"}}'), ('"',))
+    for reply in ('5"}}', '{"name": "f", "arguments": {"x": "5"}}', '2. ' + form.parts[0] + '5"}}'):
+        server.script = [(200, {}, completion(reply))]
+        assert ask(server, start="2. ", form=form) == '{"name": "f", "arguments": {"x": "5"}}'
+        assert server.seen[-1][2]["messages"][-1]["content"].endswith("\n2. " + form.parts[0])
 
 
 def test_a_busy_broken_or_late_server_is_asked_again_after_ever_longer_waits(server):
@@ -128,7 +138,7 @@ def test_a_server_that_stays_busy_or_is_not_there_is_named(server, other):
                                           (404, "--teacher-model"), (400, "HTTP 400")])
 def test_what_will_not_pass_ends_the_work_at_once_and_shows_no_key(server, status, said):
     server.script = [(status, {}, f"wrong key: {KEY}".encode())] * 300
-    prompt = ([{"role": "user", "content": "hello"}], "")
+    prompt = Prompt([{"role": "user", "content": "hello"}])
     with pytest.raises(ConnectionError, match=said) as error:
         ServerWriter(server.url, "big")([prompt], 10, 0.7, 1.0, [[(0, i) for i in range(300)]])
     assert len(server.seen) < 300 and "\n" not in str(error.value) and KEY not in str(error.value)

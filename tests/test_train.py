@@ -18,7 +18,7 @@ from data import Sample, call_prompt, call_text, request_text
 from data.calls import Call
 from model import Tokenizer, seeded
 from train import Agent, Config, Kept, adapt, answer_loss, assess, fine_tune, schedule, self_improve
-from uncertainty import PrefixCaches, softmax_difference
+from uncertainty import PrefixCaches, answer_start, softmax_difference
 
 CONFIG = train.choose(Config(bench="toolalpaca", model="tiny", device="cpu", tau=1.0, pair="joint",
                              epochs=2, lr=1e-3, max_new_tokens=32))
@@ -53,7 +53,7 @@ def teacher(samples: list[Sample]):
     texts = {request_text(x): f'{LESSON}"\n{call_text(x.answers)}' for x in samples}
 
     def write(prompts, limit, temperature, top_p, keys):
-        return [[texts[start.split('"')[1]]] * len(own) for (_, start), own in zip(prompts, keys)]
+        return [[texts[p.start.split('"')[1]]] * len(own) for p, own in zip(prompts, keys)]
     return write
 
 
@@ -100,6 +100,7 @@ def test_a_line_of_h_holds_all_that_was_seen(agent, samples):
     line, = assess(agent, [sample], CONFIG)
     assert list(line.candidates) == [tool["name"] for tool in sample.tools]
     assert line.margin == softmax_difference(torch.tensor(list(line.candidates.values()))) < 0.95
+    assert line.begun == answer_start(line.text)
     assert line.request == request_text(sample) and line.text == tokenizer.decode(line.ids)
     assert len(line.log_p) == len(line.entropy) == len(line.ids) + 1        # the end token's, too
     prompt, answer = tokenizer.chat(call_prompt(sample)), [*line.ids, tokenizer.im_end]
@@ -307,9 +308,10 @@ def test_labels_never_reach_h_g_t_or_an_answer(agent, samples):
     what it is without gold calls. The model itself writes the pairs here."""
     spy, canary, outcomes = Spy(train.TINY), (Call("canary", {"canary": "canary"}),), []
     spied = replace(agent, tokenizer=spy, writer=LocalWriter(agent.model, spy, agent.prefixes))
+    config = replace(CONFIG, pair="call")
     for gold in (canary, ()):
         labelled = [replace(x, answers=gold) for x in samples[2:]]
-        outcomes.append(self_improve(spied, labelled, CONFIG, nothing_kept))
+        outcomes.append(self_improve(spied, labelled, config, nothing_kept))
     assert outcomes[0] == outcomes[1] and any(outcome.t for outcome in outcomes[0])
     assert any(request_text(samples[2]) in text for text in spy.read)
     assert not any("canary" in text for text in spy.read)

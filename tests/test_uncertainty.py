@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from model import KVCache
-from uncertainty import (ANSWER_START, PrefixCaches, relative_softmax, score_candidates,
-                         softmax_difference)
+from uncertainty import (ANSWER_START, PrefixCaches, answer_start, relative_softmax,
+                         score_candidates, softmax_difference)
 
 NAMES = {"one name": ["get_weather"],
          "a common beginning": ["get_user_by_id", "get_user_by_name", "get_user_weather"],
@@ -39,17 +39,17 @@ def prompt(tokenizer) -> list[int]:
                            {"role": "user", "content": "What is the weather in Zürich?"}])
 
 
-def score(model, tokenizer, prompt, names, last: int = 1) -> torch.Tensor:
+def score(model, tokenizer, prompt, names, last: int = 1, begun=ANSWER_START) -> torch.Tensor:
     cache = KVCache()
     model(torch.tensor([prompt[:-last]]), cache)
-    return score_candidates(model, tokenizer, cache, prompt[-last:], names)
+    return score_candidates(model, tokenizer, cache, prompt[-last:], names, begun)
 
 
-def plain_scores(model, tokenizer, prompt, names) -> torch.Tensor:
+def plain_scores(model, tokenizer, prompt, names, begun=ANSWER_START) -> torch.Tensor:
     """The definition, by a full pass over prompt, answer start and name for each name: all tokens
     from where the names may part, then the name's end, any token that begins with `"`."""
-    texts = [tokenizer.encode(ANSWER_START + name) for name in names]
-    common = len(commonprefix([tokenizer.encode(ANSWER_START), *texts]))
+    texts = [tokenizer.encode(begun + name) for name in names]
+    common = len(commonprefix([tokenizer.encode(begun), *texts]))
     quotes = [i for i in range(512) if tokenizer.decode([i]).startswith('"')]
     scores = []
     for ids in texts:
@@ -58,6 +58,23 @@ def plain_scores(model, tokenizer, prompt, names) -> torch.Tensor:
         of_name = log_p[range(len(ids) - common), ids[common:]].sum()
         scores.append(of_name + log_p[-1, quotes].exp().sum().log())
     return torch.stack(scores)
+
+
+@pytest.mark.parametrize("text, start", [
+    ('<tool_call>\n{"name": "get"}', ANSWER_START), ('{"name": "get"}', '{"name": "'),
+    ('Sure:\n[{"tool" :"get", "name": "x"}]', 'Sure:\n[{"tool" :"'),
+    ("get(name='x')", ANSWER_START), ("I cannot.", ANSWER_START), ("", ANSWER_START)])
+def test_scores_begin_where_the_direct_answer_names_its_tool(text, start):
+    """With tags, without, and behind the tag where an answer names none."""
+    assert answer_start(text) == start
+
+
+@pytest.mark.parametrize("begun", ['{"name": "', 'Sure, 東京: [{"name": "'])
+def test_scores_follow_the_models_own_first_words(begun, model, tokenizer, prompt):
+    names = NAMES["a common beginning"]
+    found = score(model, tokenizer, prompt, names, begun=begun)
+    assert (found - plain_scores(model, tokenizer, prompt, names, begun)).abs().max() < 1e-4
+    assert (found - score(model, tokenizer, prompt, names)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)

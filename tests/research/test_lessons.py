@@ -1,19 +1,20 @@
 """What an adapter is given to learn, and where a label may go."""
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from augment import Found, Pair, label_drafts, synthesize
-from data import Sample, call_prompt, call_text
+from augment import WAYS, Found, Pair, synthesize
+from data import Sample, call_prompt
 from data.calls import Call
 from evaluate import read_run
 from lora import new_params
 from model import Tokenizer, load_model, seeded
 from research import lessons
-from research.lessons import FILTERS, LessonConfig, another, divergence, in_form_of, stages
+from research.lessons import LABELS, LessonConfig, another, divergence, stages, way_of
 from train import Agent, Kept, PrefixCaches
 
 ONE, TWO, MISFIT = "f(x=1)", '{"name": "f", "arguments": {"x": 2}}', "f(y=1)"
@@ -41,7 +42,7 @@ def improve(agent, folder, pairs=(), gold=None, **options):
     kept = Kept(config, FACTS)
     kept(train.H, SAMPLES, lambda xs: [train.Assessed(
         id=x.id, request="", candidates={}, margin=0.0, text="f()", ids=[], log_p=[], entropy=[],
-        prompt_tokens=9) for x in xs])
+        begun="", prompt_tokens=9) for x in xs])
     if pairs:
         kept(stages(config)[0], SAMPLES, lambda xs: [Found(x.id, p) for x, p in zip(xs, pairs)])
     return lessons.improve(agent, SAMPLES, config, kept, SAMPLES, gold or {})
@@ -49,36 +50,41 @@ def improve(agent, folder, pairs=(), gold=None, **options):
 
 # -------------------------------------------------------------------------------------- the filters
 
-def found(filter, *calls, rest="", pair="request") -> Found:
-    """What a writer leads to who writes a new request, then `rest`, and answers it with `calls`."""
+def found(*calls, written='{"name": "f", "arguments": {"x": 2}}\n"Do 2."', **options) -> Found:
+    """What a writer leads to who writes this, and answers the new request with `calls`."""
     def writer(prompts, limit, temperature, top_p, keys):
-        texts = {"pair": [f'New."\n{rest}'], "label": list(calls)}
+        texts = {"pair": [written], "label": list(calls)}
         return [texts[own[0][2]][:len(own)] for own in keys]
-    return synthesize(writer, SAMPLES[:1], replace(CONFIG, pair=pair), FILTERS[filter])[0]
+    config, line = replace(CONFIG, **options), SimpleNamespace(text="{}", candidates={"f": 0.0})
+    return synthesize(writer, SAMPLES[:1], {SAMPLES[0].id: line}, config, way_of(config))[0]
 
 
-def test_none_keeps_whatever_is_written_first():
-    assert [p.text for p in found("none", MISFIT, ONE, ONE, ONE, ONE).pairs] == [MISFIT]
-    assert [p.text for p in found("none", rest="no call", pair="joint").pairs] == ["no call"]
-    assert found("none", rest="", pair="joint").pairs == []
+def test_without_a_filter_of_its_own_the_core_writes():
+    assert way_of(CONFIG) is WAYS["call"] and way_of(replace(CONFIG, pair="joint")) is WAYS["joint"]
 
 
-def test_schema_is_the_cores_own():
-    assert FILTERS["schema"] is label_drafts
-    assert found("schema", MISFIT, ONE, ONE, TWO, MISFIT).pairs[0].text == ONE      # 2 of 5
+def test_request_first_takes_the_majority_of_the_answers_that_fit():
+    pair, = found(MISFIT, MISFIT, ONE, TWO, ONE, written='New."\n3. ...', pair="request").pairs
+    assert (pair.request, pair.text) == ("New.", ONE)
+    alone = found(ONE, TWO, MISFIT, MISFIT, MISFIT, written='New."', pair="request")
+    assert {tried.reason for tried in alone.rejected} == {"fewer than 2 fitting calls agree"}
+    copied = found(written='Do 0."', pair="request")
+    assert copied.pairs == [] and copied.texts == ['Do 0."'] * 3        # nothing was sampled for it
 
 
-def test_consistent_needs_more_than_half():
-    assert found("consistent", ONE, ONE, TWO, TWO, MISFIT).pairs == []
-    pair, = found("consistent", MISFIT, ONE, TWO, ONE, ONE).pairs
-    assert (pair.text, pair.votes) == (ONE, 3)
+def test_none_keeps_whatever_has_a_request_and_an_answer():
+    misfit = '{"name": "g", "arguments": {}}\n"Do 0."'
+    assert found(written=misfit).pairs == []
+    assert [p.request for p in found(written=misfit, filter="none").pairs] == ["Do 0."]
+    assert found(written="no call", filter="none").pairs == []
 
 
-def test_consistent_joint_keeps_what_was_written_if_the_majority_calls_the_same():
-    votes = (TWO, TWO, TWO, ONE, ONE)
-    assert found("consistent", *votes, rest="f(x=2)", pair="joint").pairs[0].text == "f(x=2)"
-    other = found("consistent", *votes, rest=ONE, pair="joint")
-    assert other.pairs == [] and other.rejected[0].reason == "the majority calls something else"
+def test_consistent_needs_more_than_half_to_call_what_was_written():
+    assert len(found(TWO, MISFIT, TWO, ONE, TWO, filter="consistent").pairs) == 1
+    for answers in ([TWO, TWO, ONE, ONE, MISFIT], [ONE, ONE, ONE, TWO, TWO]):
+        other = found(*answers, filter="consistent")
+        assert other.pairs == [] and len(other.texts) == 3 * (1 + LABELS)
+        assert other.rejected[0].reason == "most answers to it call something else"
 
 
 def test_what_differs_is_kept_apart_and_what_the_core_does_is_shared():
@@ -86,7 +92,7 @@ def test_what_differs_is_kept_apart_and_what_the_core_does_is_shared():
         config = replace(CONFIG, **options)
         return str([stage.key({**vars(config), **FACTS}) for stage in stages(config)])
     assert stages(CONFIG) == (train.G, train.T)
-    ways = [{}, {"filter": "none"}, {"filter": "consistent"}, {"lesson": "unrelated"},
+    ways = [{}, {"pair": "request"}, {"filter": "none"}, {"filter": "consistent"}, {"lesson": "unrelated"},
             {"lesson": "unrelated", "seed": 1}, {"lesson": "gold"},
             {"lesson": "gold", "seed": 1}, {"measure_kl": True}]
     assert len({key(**way) for way in ways}) == len(ways)
@@ -109,8 +115,6 @@ def test_unrelated_learns_the_pairs_of_another_sample_with_its_tools(agent, tmp_
 def test_gold_is_the_samples_own_request_with_its_calls_as_the_model_writes(agent, tmp_path):
     calls = (Call("f", {"x": "<tool_call>"}), Call("g", {}))
     plain = '{"name": "f", "arguments": {"x": "<tool_call>"}}\n{"name": "g", "arguments": {}}'
-    assert in_form_of("<tool_call>\n{}", calls) == call_text(calls)
-    assert in_form_of('{"name": "f"}', calls) == plain
     for x, outcome in zip(SAMPLES, improve(agent, tmp_path, gold=dict.fromkeys(
             [x.id for x in SAMPLES], calls), lesson="gold")):
         lesson = [(call_prompt(x), plain)]

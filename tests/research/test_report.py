@@ -22,7 +22,7 @@ def verdict(exact: bool, text: str = "f(x=1)") -> Verdict:
 
 
 def record(id: str, base: bool, answer: bool, outcome: str = "adapted", **more) -> Record:
-    pair = {"request": "Why?", "text": '{"name": "f", "arguments": {}}', "votes": 3}
+    pair = {"request": "Why?", "text": '{"name": "f", "arguments": {}}', "read_back": False}
     seen = Record(
         id, "What?", 0.5, outcome != "certain", outcome, {"f": -0.5, "g": -2.5}, verdict(base),
         verdict(answer), [pair] if outcome == "adapted" else [],
@@ -208,7 +208,7 @@ def test_measures_of_text_by_hand():
 
 
 def test_the_pairs_by_hand():
-    pair = {"request": "Is it cold in Oslo?", "votes": 3,
+    pair = {"request": "Is it cold in Oslo?", "read_back": True,
             "text": '{"name": "f", "arguments": {"city": "Oslo", "n": 5}}'}
     group, = grouped([run([
         replace(RECORDS[0], request="Is it warm in Rome? 5", norms=[2.0, 9.0], pairs=[pair],

@@ -15,6 +15,7 @@ from evaluate import exact_match, read_run
 from lora import load_adapter
 from model import Tokenizer, load_model
 from research import rivals
+from research.lessons import majority
 from research.rivals import SAMPLED, RivalConfig, Sampled, shown_again, with_examples
 from research.stream import answer_with
 from train import Agent, Kept, PrefixCaches
@@ -40,7 +41,7 @@ def improve(agent, folder, rival, h=(), s=(), g=(), **options):
     kept = Kept(config, FACTS)
     kept(train.H, SAMPLES, lambda xs: [train.Assessed(
         id=x.id, request="", candidates={}, margin=margin, text=text, ids=[], log_p=[], entropy=[],
-        prompt_tokens=9) for x, (text, margin) in zip(xs, h)])
+        begun="", prompt_tokens=9) for x, (text, margin) in zip(xs, h)])
     kept(SAMPLED, SAMPLES[:len(s)], lambda xs: [Sampled(x.id, t) for x, t in zip(xs, s)])
     kept(train.G, SAMPLES[:len(g)], lambda xs: [Found(x.id, p) for x, p in zip(xs, g)])
     return rival(agent, SAMPLES, config, kept)
@@ -62,8 +63,8 @@ def test_of_the_same_draws_vote_takes_what_most_call_and_retry_the_first_that_fi
 
 def test_vote_counts_calls_and_not_spellings():
     same = call_text((Call("f", {"x": "1"}),))
-    assert rivals.plurality([OTHER, same, NONSENSE, ONE], SAMPLES[0]) == same
-    assert rivals.plurality([OTHER, ONE], SAMPLES[0]) == OTHER      # the first among equals
+    assert majority([OTHER, same, NONSENSE, ONE], SAMPLES[0]) == (same, 2)
+    assert majority([OTHER, ONE], SAMPLES[0]) == (OTHER, 1)     # the first among equals
 
 
 def test_vote_leaves_the_sure_alone_unless_it_is_to_ask_all(agent, tmp_path):
