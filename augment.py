@@ -1,7 +1,9 @@
 """G, the self-augmentation of Algorithm 1: new pairs (request x', calls y') like a sample.
 
-The writer, the model itself (TT-SI) or a teacher (TT-D), sees the sample's tools and request, never
-its label. A pair is kept if it parses and fits the tools' schema; each other try has a reason.
+The writer, the model itself (TT-SI) or a teacher (TT-D), sees the sample's tools and request and
+the direct answer, never the label. Five steps learn whatever a pair says, so what it says is
+checked: it fits the tools' schema, it is new, and its values can be known from its request. Each
+try that gave no pair has a reason. Read write_call_first first.
 """
 import json
 import os
@@ -58,8 +60,6 @@ Writer = Callable[[Sequence[Prompt], int, float, float, Sequence[Sequence[tuple]
 class Pair:
     """A synthetic training example: a request x' and the text of its calls y'."""
     request: str
-    # ours: the text is in the form that the model writes itself: training sharpens what it calls,
-    # not how it writes.
     text: str
     read_back: bool = False     # a value that the request does not spell was read from it again
 
@@ -223,6 +223,7 @@ def stands_in(value: object, request: str) -> bool:
 
 def in_form_of(text: str, calls: Sequence[Call]) -> str:
     """Calls as a model writes them that wrote `text`: without the tags if it wrote none."""
+    # ours: training is to sharpen what the model calls, not how it writes.
     tags = "<tool_call>" in text or not parse_calls(text).calls
     return call_text(calls) if tags else "\n".join(map(call_json, calls))
 
@@ -232,14 +233,17 @@ def in_form_of(text: str, calls: Sequence[Call]) -> str:
 def call_form(sample: Sample, line) -> Prompt:
     """The prompt for a pair of the tool that H finds likeliest: its keys are given, its values and
     the request are blanks. line: the sample's line of H."""
+    # paper: the pair is written in one go (--pair joint).
+    # ours: the call first. Request first, a small model's request is often for another tool, and
+    # the call it then writes seldom fits the schema.
     name = max(line.candidates, key=line.candidates.get)
     tool = next(tool for tool in sample.tools if tool["name"] == name)
     direct = (*parse_calls(line.text).calls, Call(name))[0]
     request, required = request_text(sample), required_arguments(tool)
     parts, closers = [f'{{"name": {quoted(name)}, "arguments": {{'], []
     for key, schema in tool["parameters"].items():
-        # an optional argument is given where x speaks of it, too: else the pair would teach to
-        # leave it out
+        # ours: an optional argument is given where x speaks of it, else the pair would teach to
+        # leave it out; where x does not, the pair teaches just that.
         spoken = key in direct.arguments and stands_in(direct.arguments[key], request)
         if key in required or spoken:
             begin, closer, end = VALUES.get(kind_of(schema), VALUES["string"])

@@ -10,9 +10,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from data import Sample
 from data.calls import call_key, parse_calls
@@ -87,11 +86,7 @@ def reachable(sample: Sample) -> bool:
 
 
 # --- Records: what a run leaves on disk -----------------------------------------------------------
-PairLine = TypedDict("PairLine", {"request": str, "text": str, "read_back": bool})
-RejectedLine = TypedDict("RejectedLine", {"text": str, "reason": str})
-
-
-@dataclass(frozen=True)
+@dataclass
 class Record:
     """One sample of a run: what H, G and T saw, and the verdicts before and after."""
     id: str
@@ -102,8 +97,8 @@ class Record:
     candidates: dict[str, float]    # tool name: l_n in nats
     base: Verdict                   # of the direct answer
     answer: Verdict                 # of the answer that counts
-    pairs: list[PairLine]
-    rejected: list[RejectedLine]
+    pairs: list[dict]               # of G, as in augment.Pair ...
+    rejected: list[dict]            # ... and augment.Rejected
     losses: list[float]             # one a training step, in nats
     norms: list[float]              # of the gradient, likewise
     seconds: dict[str, float]       # by step
@@ -116,6 +111,10 @@ class Record:
     prompt_tokens: int
     extra: dict = field(default_factory=dict)       # what a run of research adds
 
+    def __post_init__(self):
+        if isinstance(self.base, dict):             # as it is read
+            self.base, self.answer = Verdict(**self.base), Verdict(**self.answer)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -125,7 +124,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A run of train.py; FileNotFoundError or ValueError name the file, the line and the field."""
+    """A run of train.py; FileNotFoundError or ValueError name the file, the line and the fault."""
     paths = folder / "config.json", folder / "records.jsonl"
     for path in paths:
         if not path.is_file():
@@ -142,24 +141,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _read(kind: type, content: bytes, where: str) -> object:
     try:
-        return _typed(kind, json.loads(content), "a JSON object")
-    except (ValueError, RecursionError) as error:       # the second: brackets without end
+        return kind(**json.loads(content))
+    except (ValueError, TypeError) as error:        # the second names a field that lacks
         raise ValueError(f"{where}: {error}; the run's command writes it again") from None
-
-
-def _typed(kind: type, value: object, name: str) -> object:
-    """A JSON value as a declared type, whatever further keys it has; ValueError names a misfit."""
-    if type(value) is dict and (is_dataclass(kind) or is_typeddict(kind)):
-        hints = get_type_hints(kind).items()
-        return kind(**{key: _typed(hint, value.get(key), key) for key, hint in hints})
-    shape, inner = get_origin(kind) or kind, get_args(kind)[-1:]        # list[T]: list, (T,)
-    accepted = (int, float) if shape is float else (shape,)
-    if type(value) not in accepted or shape is float and not abs(value) < 1e300:    # NaN is not
-        raise ValueError(f"{name} is missing or of a wrong type")
-    if inner:
-        for item in value.values() if shape is dict else value:
-            _typed(inner[0], item, name)
-    return value
 
 
 def write_run(folder: Path, config: dict, records: list[Record]) -> None:
@@ -311,8 +295,7 @@ def _story_in(run: Run, id: str) -> str:
     records = {record.id: record for record in run.records}
     if id not in records:
         raise ValueError(f"{run.folder} has no sample {id!r}; it has {', '.join([*records][:3])}")
-    tau = _typed(float, run.config.get("tau"), f"{run.folder / 'config.json'}: tau")
-    return f"{printable(str(run.folder))}\n{story(records[id], tau)}"
+    return f"{printable(str(run.folder))}\n{story(records[id], run.config['tau'])}"
 
 
 if __name__ == "__main__":

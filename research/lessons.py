@@ -3,11 +3,12 @@
     python -m research.lessons --lesson unrelated --bench toolalpaca
     python -m research.lessons --filter consistent --measure-kl --k 4 --bench toolalpaca
 
---pair request: what --pair call replaced. --lesson self: pairs written for the sample (the paper's). unrelated: those written for another
+--lesson self: pairs written for the sample (the paper's). unrelated: those written for another
 sample, drawn by the seed. gold: the sample's own request and its gold calls, which uses labels: an
-upper bound. --filter says which written pairs are kept. --measure-kl records how far an adapter
-moves the model, as KL(adapted || base). What is like train.py is kept with train.py's lines. The
-answer stands in research/RESULTS.md, "What to learn?".
+upper bound. --pair request: the request first, then its call by vote. --filter says which written
+pairs are kept. --measure-kl records how far an adapter moves the model, as KL(adapted || base).
+What is like train.py is kept with train.py's lines. The answer stands in research/RESULTS.md, "What
+to learn?".
 """
 import hashlib
 import sys

@@ -2,19 +2,15 @@
 
 When an answer is right is told in test_calls.py, case by case.
 """
-import contextlib
-import io
 import json
 import math
 import os
 import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
 
 from data import Sample
 from data.calls import Call
@@ -86,40 +82,23 @@ def test_a_run_is_read_as_it_was_written(folder):
     assert {path.suffix for path in folder.iterdir()} == {".json", ".jsonl"}
 
 
-def change_second_line(folder: Path, changes: dict) -> None:
+def test_a_record_without_a_field_is_named(folder):
     lines = (folder / "records.jsonl").read_text().splitlines()
-    lines[1] = json.dumps(json.loads(lines[1]) | changes)
-    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+    for part, field in ((None, "margin"), ("base", "exact")):
+        changed = json.loads(lines[1])
+        del (changed[part] if part else changed)[field]
+        (folder / "records.jsonl").write_text("\n".join([lines[0], json.dumps(changed)]))
+        with pytest.raises(ValueError, match=f"records.jsonl, line 2: .*'{field}'; the run's comm"):
+            read_run(folder)
 
 
-def test_further_keys_are_tolerated_and_a_whole_number_is_a_number(folder):
-    base = asdict(RECORDS[1].base) | {"new": 1}
-    change_second_line(folder, {"new": 1, "base": base, "margin": 1})
-    assert read_run(folder).records[1] == replace(RECORDS[1], margin=1.0)
-
-
-@pytest.mark.parametrize("named, change", [
-    ("id", {"id": 3}), ("margin", {"margin": None}), ("margin", {"margin": "0.5"}),
-    ("margin", {"margin": True}), ("margin", {"margin": math.nan}), ("margin", {"margin": 10**400}),
-    ("uncertain", {"uncertain": 1}), ("candidates", {"candidates": {"f": "x"}}),
-    ("candidates", {"candidates": [1.0]}), ("losses", {"losses": 0.5}), ("ids", {"ids": [1.5]}),
-    ("losses", {"losses": [-math.inf]}), ("pairs", {"pairs": ["x"]}), ("extra", {"extra": None}),
-    ("read_back", {"pairs": [{"request": "", "text": ""}]}), ("reason", {"rejected": [{"text": ""}]}),
-    ("exact", {"base": {"text": ""}}), ("answer", {"answer": "f()"})])
-def test_a_record_without_a_field_or_with_another_type_is_named(folder, named, change):
-    change_second_line(folder, change)
-    said = f"records.jsonl, line 2: {named} is missing or of a wrong type"
-    with pytest.raises(ValueError, match=said):
-        read_run(folder)
-
-
-@pytest.mark.parametrize("name, content, said", [
-    ("config.json", b"{", "config.json: "), ("config.json", b"[]", "config.json: a JSON object"),
-    ("records.jsonl", b"5", "records.jsonl, line 1: a JSON"), ("records.jsonl", b"{", "line 1: "),
-    ("records.jsonl", b"\xff", "line 1: "), ("records.jsonl", b"[" * 10 ** 5, "line 1: ")])
-def test_a_damaged_file_is_named_with_its_line(folder, name, content, said):
+@pytest.mark.parametrize("name, content", [
+    ("config.json", b"{"), ("config.json", b"[]"), ("records.jsonl", b"5"),
+    ("records.jsonl", b"{"), ("records.jsonl", b"\xff"), ("records.jsonl", b"{}")])
+def test_a_damaged_file_is_named_with_its_line(folder, name, content):
     (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said):
+    where = name if name == "config.json" else f"{name}, line 1"
+    with pytest.raises(ValueError, match=f"{where}: "):
         read_run(folder)
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name}: is .* a run folder of train.py"):
@@ -247,42 +226,15 @@ def test_the_program_tells_what_is_asked_for(folder, capsys, flags, said):
     assert json.loads(capsys.readouterr().out) == {str(folder): summarise(RECORDS)}
 
 
-@pytest.mark.parametrize("tau, name, flags, said", [
-    (0.95, "none\x1b", [], "a run folder of train.py?"),
-    (0.95, "run", ["--sample", "z"], "no sample 'z'; it has a, b, c"),
-    ("x", "run", ["--sample", "a"], "config.json: tau is missing or of a wrong type")])
-def test_a_users_mistake_is_one_line_and_code_2(tmp_path, capsys, tau, name, flags, said):
-    write_run(tmp_path / "run", {"tau": tau}, RECORDS)
+@pytest.mark.parametrize("name, flags, said", [
+    ("none\x1b", [], "a run folder of train.py?"),
+    ("run", ["--sample", "z"], "no sample 'z'; it has a, b, c")])
+def test_a_users_mistake_is_one_line_and_code_2(tmp_path, capsys, name, flags, said):
+    write_run(tmp_path / "run", {"tau": 0.95}, RECORDS)
     assert main([str(tmp_path / name), *flags]) == 2
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("evaluate.py: error: ") and error.endswith("\n")
     assert said in error and error[:-1].isprintable()
-
-
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v))
-SOUND = asdict(RECORDS[0])
-LIKE_ONE = st.dictionaries(st.sampled_from([*SOUND]), JSON, max_size=2).map(lambda new: SOUND | new)
-OF_THE_TYPES = st.builds(lambda text, name, number: SOUND | {
-    "request": text, "margin": number, "losses": [number], "candidates": {name: number, "f": 0.0},
-    "seconds": {name: number}, "base": SOUND["base"] | {"name_f1": number, "text": text}},
-    st.text(max_size=5), st.text(max_size=5), st.floats())
-CONFIGS = st.dictionaries(st.sampled_from(["bench", "data", "tau", "uses_labels"]), JSON)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(LIKE_ONE | OF_THE_TYPES | JSON, min_size=1, max_size=2), st.just(CONFIG) | CONFIGS,
-       st.sampled_from([[], ["--json"], ["--sample", "a"]]))
-def test_hostile_files_are_shown_safely_or_refused_in_words(lines, config, flags):
-    with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out,
-          contextlib.redirect_stderr(io.StringIO()) as error):
-        Path(folder, "config.json").write_text(json.dumps(config))
-        Path(folder, "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        code = main([folder, *flags])
-    printed, said = out.getvalue(), error.getvalue()
-    assert all(c.isprintable() or c == "\n" for c in printed + said)
-    assert (code, bool(printed), said[:20]) in ((0, True, ""), (2, False, "evaluate.py: error: "))
-    assert "NaN" not in printed and "Infinity" not in printed or flags != ["--json"]
 
 
 def test_the_kept_stages_beside_the_runs_are_no_run(tmp_path, capsys):
