@@ -42,8 +42,8 @@ class Ordered:
 
 def reorder(agent: Agent, samples: Sequence[Sample], h: dict[str, Assessed],
             config: OrdersConfig) -> list[Ordered]:
-    """l_n, after the same words, under up to --orders different orders. Lists of one length are shuffled alike, so equal
-    ones share their caches."""
+    """l_n, after the same words, under up to --orders different orders. Lists of one length are
+    shuffled alike, so equal ones share their caches."""
     lines = []
     for sample in samples:
         n, rows, seen = len(sample.tools), [], []

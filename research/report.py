@@ -394,6 +394,7 @@ def pairs(group: Group) -> dict:
                               for value in argument_values(calls)),
         "tool as direct": mean(same_tools(calls, r.base.text) for r, _, calls in found),
         "tool as gold": mean(same_tools(calls, r.gold) for r, _, calls in found),
+        "read back": sum(p["read_back"] for r in records for p in r.pairs),
         "repeats": sum(within(request, r.request) for r, request, _ in found),
         "leaks": sum(leaks(r, request, calls) for r, request, calls in found),
         "first loss": mean(own[0] for own in losses), "last loss": mean(own[-1] for own in losses),

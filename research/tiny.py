@@ -492,7 +492,8 @@ def fixed_text() -> list[str]:
     """The template's text, one added token each: five layers should copy values, not spell it."""
     before, after = SYSTEM.split("{tools}")
     return ["system\n" + before, after, "user\n", "assistant\n", ASK_CALL, ASK_CALL.strip(),
-            ASK_PAIR, ASK_JOINT, '1. "', '"\n2. "', '1. {"name": "', '"\n2. {"name": "', '}}\n"', ANSWER_START,
+            ASK_PAIR, ASK_JOINT, '1. "', '"\n2. "', '1. {"name": "', '"\n2. {"name": "', '}}\n"',
+            ANSWER_START,
             '", "arguments": {', "}}\n</tool_call>", '{"name": "', '", "description": "',
             '", "parameters": {', '": {"type": "', '", "required": true}', '", "required": false}',
             '"}}}', '"}, "', '}, "required": [', "<tool_response>\n", "\n</tool_response>"]

@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 
 import data
 import train
-from augment import ASK_REQUEST, LABELS, PAIR_START, LocalWriter
-from data import call_prompt, call_text, request_text, system_message
+from augment import LocalWriter, Prompt, call_form
+from data import call_prompt, call_text
 from lora import TARGETS, adapters, new_params
 from model import (ModelConfig, PackedLinear, Qwen2, Tokenizer, attend, choose, generate,
                    load_model, seeded)
@@ -85,9 +86,12 @@ class Clock:
         return sum(statistics.median(self.seconds[stage][1:]) for stage in stages)
 
 
-def pair_prompt(sample: data.Sample) -> tuple[list[dict], str]:
-    ask = [system_message(sample.tools), {"role": "user", "content": ASK_REQUEST}]
-    return ask, PAIR_START.format(request=request_text(sample))
+def pair_prompt(sample: data.Sample) -> Prompt:
+    """What a pair's values and request are written after; without an end of its own."""
+    names = [tool["name"] for tool in sample.tools]
+    line = SimpleNamespace(text=call_text(sample.answers), candidates=dict.fromkeys(names, 0.0))
+    prompt = call_form(sample, line)
+    return Prompt(prompt.messages, prompt.start + prompt.form.parts[0])
 
 
 def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, config) -> None:
@@ -106,11 +110,8 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
     writer, ask = LocalWriter(model, tokenizer, prefixes), pair_prompt(sample)
     tokenizer.eos, eos = endless, tokenizer.eos
 
-    def pair():
-        writer([ask], NEW, config.temperature, config.top_p, [[("pair",)]])
-        keys = [[("label", i) for i in range(LABELS)]]
-        writer([(call_prompt(sample), "")], NEW, config.temperature, config.top_p, keys)
-    clock("pair", 2 * NEW, pair)
+    clock("pair", 2 * NEW, lambda: writer([ask], 2 * NEW, config.temperature, config.top_p,
+                                          [[("pair",)]]))
     tokenizer.eos = eos
     tools = prefixes.read(head)
     for adapt, prompt, prefix in (("full", head + rest, None), ("suffix", rest, tools)):
@@ -127,8 +128,8 @@ def plainly(clock: Clock, model, tokenizer: Tokenizer, sample: data.Sample, conf
     from peft import LoraConfig, get_peft_model
     prompt, device = tokenizer.chat(call_prompt(sample)), model.device
     target = [*tokenizer.encode(call_text(sample.answers)), tokenizer.im_end]
-    messages, start = pair_prompt(sample)
-    ask = tokenizer.chat(messages) + tokenizer.encode(start)
+    written = pair_prompt(sample)
+    ask = tokenizer.chat(written.messages) + tokenizer.encode(written.start)
 
     def score():
         for tool in sample.tools:
@@ -137,18 +138,15 @@ def plainly(clock: Clock, model, tokenizer: Tokenizer, sample: data.Sample, conf
             log_p = model(ids).logits.float().log_softmax(-1)[0, -len(name) - 1:-1]
             log_p.gather(1, torch.tensor(name, device=device)[:, None]).sum()
 
-    def write(ids, model=model, **how):
-        model.generate(torch.tensor([ids], device=device), max_new_tokens=NEW, min_new_tokens=NEW,
+    def write(ids, model=model, new=NEW, **how):
+        model.generate(torch.tensor([ids], device=device), max_new_tokens=new, min_new_tokens=new,
                        attention_mask=torch.ones(1, len(ids), device=device), pad_token_id=0,
                        eos_token_id=None, **how)
 
-    def pair():
-        write(ask, do_sample=True)
-        write(prompt, do_sample=True, num_return_sequences=LABELS)
     with torch.no_grad():
         clock("score", len(sample.tools) * len(prompt), score)
         clock("direct answer", NEW, lambda: write(prompt, do_sample=False))
-        clock("pair", 2 * NEW, pair)
+        clock("pair", 2 * NEW, lambda: write(ask, new=2 * NEW, do_sample=True))
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(TARGETS))
     wrapped = get_peft_model(model, lora)
     tensors = [p for p in wrapped.parameters() if p.requires_grad]

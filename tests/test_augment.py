@@ -95,7 +95,8 @@ def test_the_model_fills_a_form_over_one_reading_of_the_tools(model, tokenizer):
     """Whatever it writes: the parts are in the text, and the tools were read once."""
     prefixes = PrefixCaches(model)
     prefixes.read(tokenizer.split_chat(call_prompt(SAMPLE))[0])
-    prompt = Prompt([system_message(TOOLS)], "1. ", Form(('{"a": "', '", "b":', "}"), (" aet", "nio")))
+    form = Form(('{"a": "', '", "b":', "}"), (" aet", "nio"))
+    prompt = Prompt([system_message(TOOLS)], "1. ", form)
     keys = [[(0,), (1,), (2,)]]
     texts, = LocalWriter(model, tokenizer, prefixes)([prompt], 200, 2.0, 1.0, keys)
     for text in texts:
@@ -151,14 +152,16 @@ def test_a_value_that_the_request_does_not_spell_must_be_read_back_from_it(read,
 @pytest.mark.parametrize("value, request_, stands", [
     ("new york", "In New York?", True), (5, "for 5 days", True), (5, "for 15 days", False),
     ("CN", "in China", False), (["a", "b"], "a and B", True), (["a", "c"], "a and b", False),
-    ({"k": "v"}, "v", True), ("", "anything", False), ([], "anything", False), ("1+", "1+ 2", True)])
+    ({"k": "v"}, "v", True), ("", "anything", False), ([], "anything", False),
+    ("1+", "1+ 2", True)])
 def test_a_value_stands_in_a_request_as_whole_words(value, request_, stands):
     assert stands_in(value, request_) == stands
 
 
 @pytest.mark.parametrize("text, reason", [
     ("How warm is it in Paris?", ""), ("", "no request"), ("?!", "no request"),
-    ("the weather in Rome", "copy of the seed request"), ("get_time!", "the request names the tool"),
+    ("the weather in Rome", "copy of the seed request"),
+    ("get_time!", "the request names the tool"),
     ('{"name": "get_weather"}', "a call in place of a request"),
     ("<tool_call>", "a call in place of a request")])
 def test_a_request_must_be_new_and_a_request(text, reason):

@@ -92,7 +92,8 @@ def test_what_differs_is_kept_apart_and_what_the_core_does_is_shared():
         config = replace(CONFIG, **options)
         return str([stage.key({**vars(config), **FACTS}) for stage in stages(config)])
     assert stages(CONFIG) == (train.G, train.T)
-    ways = [{}, {"pair": "request"}, {"filter": "none"}, {"filter": "consistent"}, {"lesson": "unrelated"},
+    ways = [{}, {"pair": "request"}, {"filter": "none"}, {"filter": "consistent"},
+            {"lesson": "unrelated"},
             {"lesson": "unrelated", "seed": 1}, {"lesson": "gold"},
             {"lesson": "gold", "seed": 1}, {"measure_kl": True}]
     assert len({key(**way) for way in ways}) == len(ways)

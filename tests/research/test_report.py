@@ -218,6 +218,7 @@ def test_the_pairs_by_hand():
                gold='{"name": "f", "arguments": {"city": "Oslo"}}')])])
     row = pairs(group)
     assert (row["pairs"], row["valid"], row["unique"], row["repeats"]) == (2, 0.5, 1, 1)
+    assert row["read back"] == 2
     assert row["ROUGE-L"] == pytest.approx((2 * 3 / 11 + 2 * 2 / 5) / 2)    # is it in: of 5 and 6
     assert (row["copied values"], row["tool as gold"], row["tool as direct"]) == (0.5, 1, 0.5)
     assert (row["leaks"], row["largest norm"], row["KL"]) == (1, 9.0, 0.5)  # the 2nd holds its own
