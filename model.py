@@ -499,24 +499,24 @@ class Filling:
 
 
 def write_down(rows: Sequence[Decoded], tokens: Sequence[int], logits: torch.Tensor,
-               eos: frozenset[int], greedy: bool,
+               eos: frozenset[int], limit: int, greedy: bool,
                forms: Sequence[Filling | None]) -> list[list[int]]:
     """Add to each row that has not ended its token, chosen from its logits (B, V), and what its
-    form puts behind that; gives what each row reads next."""
+    form puts in place of that; gives what each row reads next."""
+    pending = []
     if greedy:
         log_p = logits.log_softmax(-1)
         best, entropy = log_p.amax(-1).tolist(), torch.special.entr(log_p.exp()).sum(-1).tolist()
-    for i, (row, token) in enumerate(zip(rows, tokens)):
+    for i, (row, token, form) in enumerate(zip(rows, tokens, forms)):
+        new = []
         if greedy and not row.ended:
             row.log_p.append(best[i])
             row.entropy.append(entropy[i])
-    pending = []
-    for row, token, form in zip(rows, tokens, forms):
-        row.ended = row.ended or token in eos
-        new = [] if row.ended else form.read(token) if form else [token]
+        if not row.ended and token not in eos:
+            new = form.read(token) if form else [token]
         row.ids += new
-        row.ended = row.ended or bool(form and not form.blanks)
-        pending.append([PAD] if row.ended else new)
+        row.ended = not new or len(row.ids) >= limit or bool(form and not form.blanks)
+        pending.append(new or [PAD])
     return pending
 
 
@@ -561,8 +561,8 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int]
         logits = model.logits(hidden[torch.arange(len(rows))[:, None], ends])   # (B, draft + 1, V)
         for read, step in enumerate(logits.unbind(1)):      # step follows `read` of the draft
             tokens = choose(step, temperature, top_p, generators)
-            pending = write_down(rows, tokens, step, eos, temperature == 0, forms)
-            if all(row.ended or len(row.ids) >= max_new_tokens for row in rows):
+            pending = write_down(rows, tokens, step, eos, max_new_tokens, temperature == 0, forms)
+            if all(row.ended for row in rows):
                 return rows
             context += pending[0]
             if read == len(draft) or pending[0] != [draft[read]]:

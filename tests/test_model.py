@@ -278,6 +278,10 @@ def test_a_form_is_filled_as_by_one_who_reads_all_of_it_again_for_each_token(mod
                                             fillings)]
     assert [fill([i])[0] for i in range(3)] == alone
     assert fill([2, 0]) == [alone[2], alone[0]]
+    short = [generate(model, [PROMPTS[i] for i in rows], frozenset(), 4, None, *how,
+                      [seeded(2 * i) for i in rows], [Filling(forms[i], tokenizer) for i in rows])
+             for rows in ([0], [0, 2])]
+    assert short[0][0].ids == short[1][0].ids       # beside another, it ends at the limit, too
 
 
 def test_a_blank_goes_on_behind_a_backslash(tokenizer):
