@@ -5,10 +5,10 @@
 
 --lesson self: pairs written for the sample (the paper's). unrelated: those written for another
 sample, drawn by the seed. gold: the sample's own request and its gold calls, which uses labels: an
-upper bound. --pair request: the request first, then its call by vote. --filter says which written
-pairs are kept. --measure-kl records how far an adapter moves the model, as KL(adapted || base).
-What is like train.py is kept with train.py's lines. The answer stands in research/RESULTS.md, "What
-to learn?".
+upper bound. --pair request: the request first, then its call by vote; two: call first, for the two
+likeliest tools in turn. --filter says which written pairs are kept. --measure-kl records how far an
+adapter moves the model, as KL(adapted || base). What is like train.py is kept with train.py's
+lines. The answer stands in research/RESULTS.md, "What to learn?".
 """
 import hashlib
 import sys
@@ -24,7 +24,8 @@ import augment
 import data
 import train
 from augment import (JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, WAYS, Draft, Found, Pair,
-                     Prompt, Writer, check_request, check_text, in_form_of, synthesize)
+                     Prompt, Writer, check_request, check_text, in_form_of, synthesize,
+                     write_call_first)
 from data import Sample, call_prompt, request_text, system_message, with_request
 from data.calls import Call, calls_key, parse_calls
 from lora import Params, adapters, new_params
@@ -45,7 +46,8 @@ class LessonConfig(train.Config):
                          "another sample's; gold: its own request and gold calls (uses labels)",
                          "self", "unrelated", "gold")
     pair: str = option("call", "G", "as of train.py; request: a request first, then the majority "
-                       "of sampled calls for it", "joint", "call", "request")
+                       "of sampled calls for it; two: as call, but with --k 2 for the two likeliest "
+                       "tools", "joint", "call", "request", "two")
     filter: str = option("schema", "G", "a written pair is kept if: none: there is any answer; "
                          "schema (train.py's checks); consistent: more than half of sampled "
                          "answers agree with it, too", "none", "schema", "consistent")
@@ -59,7 +61,7 @@ class LessonConfig(train.Config):
                              "use ttsi")
 
 
-# -------------------------------------------------------------------------------- --pair request
+# ------------------------------------------------------------------------ --pair request and two
 
 def answers(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[list[str]]:
     """For each draft, LABELS sampled answers to its request."""
@@ -99,6 +101,17 @@ def write_request_first(writer: Writer, samples: Sequence[Sample], h: dict, atte
     return drafts
 
 
+def write_of_two(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
+                 config) -> list[Draft]:
+    """As --pair call, but in turn for the likeliest and the second likeliest tool."""
+    turned = {}
+    for sample in samples:
+        l = h[sample.id].candidates
+        name = sorted(l, key=l.get, reverse=True)[:2][attempt % min(2, len(l))]
+        turned[sample.id] = replace(h[sample.id], candidates={name: l[name]})
+    return write_call_first(writer, samples, turned, attempt, config)
+
+
 # --------------------------------------------------------------------------------------- --filter
 
 def unfiltered(write: Callable, *args) -> list[Draft]:
@@ -129,7 +142,7 @@ FILTERS = {"none": unfiltered, "schema": None, "consistent": consistent}
 
 def way_of(config: LessonConfig) -> Callable:
     """What gives the drafts of a try."""
-    write = {**WAYS, "request": write_request_first}[config.pair]
+    write = {**WAYS, "request": write_request_first, "two": write_of_two}[config.pair]
     return partial(FILTERS[config.filter], write) if FILTERS[config.filter] else write
 
 
@@ -189,8 +202,8 @@ def stages(config: LessonConfig) -> tuple[Stage, Stage]:
     g, t = train.G, train.T
     if config.lesson == "gold":
         g = GOLD
-    elif config.filter != "schema" or config.pair == "request":
-        own = (answers, majority, write_request_first, unfiltered, consistent)
+    elif config.filter != "schema" or config.pair in ("request", "two"):
+        own = (answers, majority, write_request_first, write_of_two, unfiltered, consistent)
         g = replace(g, reads=(*g.reads, "filter"), code=(augment, *own))
     if config.lesson != "self":
         t = replace(t, reads=(*t.reads, "seed"), code=(*t.code, another))

@@ -1,7 +1,6 @@
 """What an adapter is given to learn, and where a label may go."""
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +26,8 @@ def sample(i) -> Sample:
 
 SAMPLES = [sample(i) for i in range(3)]
 CONFIG = LessonConfig(model="small", tau=1.0, max_new_tokens=6, epochs=2, lr=1e-2)
+LINE = train.Assessed(id="", request="", candidates={"f": 0.0}, margin=0.0, prompt_tokens=9,
+                      text="f()", begun="", ids=[], log_p=[], entropy=[])
 FACTS = {"samples": "", "weights": "", "tokenizer": "t", "writer": "", "labels": ""}
 
 
@@ -40,9 +41,7 @@ def improve(agent, folder, pairs=(), gold=None, **options):
     """Outcomes where these are the pairs of samples 0, 1 and 2, which the model is unsure of."""
     config = replace(CONFIG, out=str(folder / "run"), **options)
     kept = Kept(config, FACTS)
-    kept(train.H, SAMPLES, lambda xs: [train.Assessed(
-        id=x.id, request="", candidates={}, margin=0.0, text="f()", ids=[], log_p=[], entropy=[],
-        begun="", prompt_tokens=9) for x in xs])
+    kept(train.H, SAMPLES, lambda xs: [replace(LINE, id=x.id) for x in xs])
     if pairs:
         kept(stages(config)[0], SAMPLES, lambda xs: [Found(x.id, p) for x, p in zip(xs, pairs)])
     return lessons.improve(agent, SAMPLES, config, kept, SAMPLES, gold or {})
@@ -55,8 +54,8 @@ def found(*calls, written='{"name": "f", "arguments": {"x": 2}}\n"Do 2."', **opt
     def writer(prompts, limit, temperature, top_p, keys):
         texts = {"pair": [written], "label": list(calls)}
         return [texts[own[0][2]][:len(own)] for own in keys]
-    config, line = replace(CONFIG, **options), SimpleNamespace(text="{}", candidates={"f": 0.0})
-    return synthesize(writer, SAMPLES[:1], {SAMPLES[0].id: line}, config, way_of(config))[0]
+    config = replace(CONFIG, **options)
+    return synthesize(writer, SAMPLES[:1], {SAMPLES[0].id: LINE}, config, way_of(config))[0]
 
 
 def test_without_a_filter_of_its_own_the_core_writes():
@@ -70,6 +69,20 @@ def test_request_first_takes_the_majority_of_the_answers_that_fit():
     assert {tried.reason for tried in alone.rejected} == {"fewer than 2 fitting calls agree"}
     copied = found(written='Do 0."', pair="request")
     assert copied.pairs == [] and copied.texts == ['Do 0."'] * 3        # nothing was sampled for it
+
+
+def test_two_writes_for_the_two_likeliest_tools_in_turn():
+    tools = tuple({**SAMPLES[0].tools[0], "name": name} for name in "fgh")
+    line = replace(LINE, text="{}", candidates={"f": -2.0, "g": -9.0, "h": -1.0})
+    asked, config = [], replace(CONFIG, pair="two", k=2)
+
+    def writer(prompts, limit, temperature, top_p, keys):
+        asked.append(prompts[0].form.parts[0])
+        return [['{"name": "f", "arguments": {"x": 2}}\n"no digit"']]
+    synthesize(writer, [replace(SAMPLES[0], tools=tools)], {SAMPLES[0].id: line}, config,
+               way_of(config))
+    written = [start for start in asked if start.endswith('"x":')]
+    assert [start[10] for start in written] == list("hfhfhf")
 
 
 def test_none_keeps_whatever_has_a_request_and_an_answer():
