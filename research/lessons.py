@@ -46,8 +46,8 @@ class LessonConfig(train.Config):
                          "another sample's; gold: its own request and gold calls (uses labels)",
                          "self", "unrelated", "gold")
     pair: str = option("call", "G", "as of train.py; request: a request first, then the majority "
-                       "of sampled calls for it; two: as call, but with --k 2 for the two likeliest "
-                       "tools", "joint", "call", "request", "two")
+                       "of sampled calls for it; two: as call, for the two likeliest tools in turn "
+                       "(--k 2)", "joint", "call", "request", "two")
     filter: str = option("schema", "G", "a written pair is kept if: none: there is any answer; "
                          "schema (train.py's checks); consistent: more than half of sampled "
                          "answers agree with it, too", "none", "schema", "consistent")
