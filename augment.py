@@ -10,15 +10,16 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 
 import torch
 
-from data import Sample, call_prompt, call_text, request_text, system_message, with_request
+from data import (Sample, call_json, call_prompt, call_text, request_text, system_message,
+                  with_request)
 from data.calls import Call, calls_key, check_call, kind_of, parse_calls, required_arguments
 from model import Filling, Form, KVCache, Qwen2, Tokenizer, generate, seeded
-from uncertainty import PrefixCaches
+from uncertainty import PrefixCaches, answer_start
 
 # What is asked in the user turn, behind the tools, so that the tools' KV cache serves here, too.
 ASK_PAIR = """Write two tool calls, and under each the request of a user that it answers. Both are \
@@ -175,10 +176,6 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def call_json(call: Call) -> str:
-    return json.dumps(asdict(call), ensure_ascii=False)
-
-
 # ------------------------------------------------------------------------- what is of use as a pair
 
 @dataclass
@@ -201,8 +198,11 @@ def check_request(request: str, sample: Sample) -> str:
         return "a call in place of a request"
     if plain in "".join(filter(str.isalnum, seed.casefold())):
         return "copy of the seed request"
-    named = [tool["name"] for tool in sample.tools if tool["name"] in request]
-    return "" if all(name in seed for name in named) else "the request names the tool"
+    for name in [tool["name"] for tool in sample.tools]:
+        is_word = re.fullmatch("[A-Z]?[a-z]+", name)        # `translate` may well be said
+        if name in request and name not in seed and not is_word:
+            return "the request names the tool"
+    return ""
 
 
 def check_text(text: str, sample: Sample) -> str:
@@ -218,7 +218,9 @@ def stands_in(value: object, request: str) -> bool:
         items = list(value.values() if isinstance(value, dict) else value)
         return bool(items) and all(stands_in(item, request) for item in items)
     text = re.escape(str(value).strip())
-    return bool(text and re.search(rf"(?<!\w){text}(?!\w)", request, re.I))
+    whole = rf"(?<!\w)(?<!\d[.,:]){text}(?!\w|[.,:]\d)"      # 5 is not in 15, nor in 5.7
+    named = text and value is not None and not isinstance(value, bool)
+    return bool(named and re.search(whole, request, re.I))
 
 
 def in_form_of(text: str, calls: Sequence[Call]) -> str:
@@ -267,19 +269,20 @@ def write_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt
     drafts, unspoken = [], []
     for sample, (text,) in zip(samples, written):
         call, _, request = text.partition("\n")
-        draft = Draft(sample, [text], "", call)
+        new, direct = parse_calls(call).calls, parse_calls(h[sample.id].text).calls
+        draft = Draft(sample, [text], "", in_form_of(h[sample.id].text, new))
         drafts.append(draft)
         draft.reason = check_text(call, sample)
         try:
             draft.request = " ".join(json.loads(request).split())
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             draft.reason = draft.reason or "the request did not end"
         if draft.reason:
             continue
-        new, direct = parse_calls(call).calls, parse_calls(h[sample.id].text).calls
-        draft.text = in_form_of(h[sample.id].text, new)
         draft.reason = check_request(draft.request, sample)
-        if calls_key(new, sample.tools) == calls_key(direct, sample.tools):
+        if len(new) > 1:
+            draft.reason = "more than one call"
+        if calls_key(new, sample.tools) in [calls_key([call], sample.tools) for call in direct]:
             draft.reason = "the direct answer again"
         spoken = [stands_in(value, draft.request) for value in new[0].arguments.values()]
         if not draft.reason and not all(spoken):
@@ -296,7 +299,7 @@ def read_back(writer: Writer, drafts: Sequence[Draft], h: dict, config) -> None:
     calls = [parse_calls(draft.text).calls for draft in drafts]
     prompts = []
     for draft, (call,) in zip(drafts, calls):
-        begun = f'{h[draft.sample.id].begun}{call.name}", "arguments":'
+        begun = f'{answer_start(h[draft.sample.id].text)}{quoted(call.name)[1:]}, "arguments":'
         asked = call_prompt(with_request(draft.sample, draft.request))
         prompts.append(Prompt(asked, "", Form((begun,), ())))
     keys = [[(config.seed, draft.sample.id, "read back")] for draft in drafts]

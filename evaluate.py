@@ -142,7 +142,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read(kind: type, content: bytes, where: str) -> object:
     try:
         return kind(**json.loads(content))
-    except (ValueError, TypeError) as error:        # the second names a field that lacks
+    except (ValueError, TypeError, RecursionError) as error:    # the second: a field lacks
         raise ValueError(f"{where}: {error}; the run's command writes it again") from None
 
 
@@ -295,7 +295,7 @@ def _story_in(run: Run, id: str) -> str:
     records = {record.id: record for record in run.records}
     if id not in records:
         raise ValueError(f"{run.folder} has no sample {id!r}; it has {', '.join([*records][:3])}")
-    return f"{printable(str(run.folder))}\n{story(records[id], run.config['tau'])}"
+    return f"{printable(str(run.folder))}\n{story(records[id], run.config.get('tau', math.nan))}"
 
 
 if __name__ == "__main__":

@@ -484,17 +484,24 @@ class Filling:
 
     def __init__(self, form: Form, tokenizer: Tokenizer):
         self.blanks, self.tokenizer = list(zip(form.closers, form.parts[1:])), tokenizer
-        self.last = ""                  # the character before
+        self.last, self.depth = "", 0   # the character before; open brackets of the closing kind
 
     def read(self, token: int) -> list[int]:
         """The tokens that follow where `token` was chosen: itself, or if it closes a blank what
         stands before the closing character, and the next part."""
         piece, (closers, part) = self.tokenizer.decode([token]), self.blanks[0]
+        opener = {"]": "[", "}": "{"}.get(closers)
         for i, character in enumerate(piece):
-            if character in closers and self.last != "\\":
+            escaped, self.last = self.last == "\\", character
+            if escaped:
+                self.last = ""
+            elif character == opener:
+                self.depth += 1
+            elif character in closers and self.depth:
+                self.depth -= 1
+            elif character in closers:
                 del self.blanks[0]
                 return self.tokenizer.encode(piece[:i] + part)
-            self.last = character
         return [token]
 
 

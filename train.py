@@ -130,7 +130,6 @@ class Assessed:
     margin: float                       # u(x), the softmax difference
     prompt_tokens: int
     text: str                           # the direct answer
-    begun: str                          # how it begins, up to the name: what l_n is scored after
     ids: list[int]                      # its tokens, without the end token
     log_p: list[float]                  # of each token chosen, the end token included, nats
     entropy: list[float]                # of the distribution that each was chosen from, nats
@@ -150,11 +149,10 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Asse
     answers = generate(model, last, tokenizer.eos, config.max_new_tokens, KVCache.stack(caches))
     for sample, answer, cache, end in zip(samples, answers, caches, last):
         text, names = tokenizer.decode(answer.ids), [tool["name"] for tool in sample.tools]
-        begun = answer_start(text)
-        l = score_candidates(model, tokenizer, cache, end, names, begun)
+        l = score_candidates(model, tokenizer, cache, end, names, answer_start(text))
         lines.append(Assessed(
             sample.id, request_text(sample), dict(zip(names, l.tolist())), softmax_difference(l),
-            cache.length + 1, text, begun, answer.ids, answer.log_p, answer.entropy))
+            cache.length + 1, text, answer.ids, answer.log_p, answer.entropy))
     return lines
 
 

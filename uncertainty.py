@@ -14,7 +14,8 @@ import torch
 from model import KVCache, Qwen2, Tokenizer, pad
 
 ANSWER_START = '<tool_call>\n{"name": "'        # how an answer begins, up to where candidates part
-NAMED = re.compile(r'"(?:name|tool|function)"\s*:\s*"')
+# ... of an object, before its arguments; in `f(user={"name": ...})` that key is an argument's
+NAMED = re.compile(r'((?!"(?:arguments|parameters|args)")[^(])*?"(?:name|tool|function)"\s*:\s*"')
 
 
 def answer_start(text: str) -> str:
@@ -22,8 +23,8 @@ def answer_start(text: str) -> str:
     # paper: log P(a_n | x).
     # ours: after the model's own first words. A model that never writes <tool_call> is not asked
     # what it would say behind one.
-    named = NAMED.search(text)
-    return text[:named.end()] if named else ANSWER_START
+    named = NAMED.match(text)
+    return named[0] if named else ANSWER_START
 
 
 def relative_softmax(log_likelihoods: torch.Tensor) -> torch.Tensor:

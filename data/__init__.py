@@ -5,6 +5,7 @@ import json
 import os
 import re
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -55,10 +56,14 @@ def call_prompt(sample: Sample) -> list[dict]:
     return [*before, last, {"role": "user", "content": ASK_CALL.strip()}]
 
 
-def call_text(calls: tuple[Call, ...]) -> str:
+def call_json(call: Call) -> str:
+    """A call as one line of JSON."""
+    return json.dumps(asdict(call), ensure_ascii=False)
+
+
+def call_text(calls: Sequence[Call]) -> str:
     """The answer in the form asked for, which is also Qwen2.5's own for past calls."""
-    objects = [json.dumps(asdict(call), ensure_ascii=False) for call in calls]
-    return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in objects)
+    return "\n".join(f"<tool_call>\n{call_json(call)}\n</tool_call>" for call in calls)
 
 
 def request_text(sample: Sample) -> str:

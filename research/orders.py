@@ -18,7 +18,7 @@ import train
 from data import Sample, call_prompt
 from model import seeded
 from train import Agent, Assessed, Kept, Outcome, Stage, option
-from uncertainty import score_candidates
+from uncertainty import answer_start, score_candidates
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def reorder(agent: Agent, samples: Sequence[Sample], h: dict[str, Assessed],
                 head, rest = agent.tokenizer.split_chat(call_prompt(shuffled))
                 names = [tool["name"] for tool in shuffled.tools]
                 l = score_candidates(agent.model, agent.tokenizer, agent.prefixes.read(head), rest,
-                                     names, h[sample.id].begun)
+                                     names, answer_start(h[sample.id].text))
                 rows.append(l[torch.tensor(order).argsort()].tolist())
             order = torch.randperm(n, generator=draw).tolist()
         lines.append(Ordered(sample.id, rows))

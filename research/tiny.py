@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from augment import ASK_JOINT, ASK_PAIR, JOINT_START, PAIR_START, call_json, quoted
-from data import (ASK_CALL, SYSTEM, call_prompt, call_text, parse_sample, request_text,
+from augment import ASK_JOINT, ASK_PAIR, JOINT_START, PAIR_START, quoted
+from data import (ASK_CALL, SYSTEM, call_json, call_prompt, call_text, parse_sample, request_text,
                   system_message)
 from data.calls import required_arguments
 from model import ModelConfig, Qwen2, Tokenizer, pad

@@ -12,7 +12,7 @@ from data import Sample, call_prompt, call_text, system_message
 from data.calls import Call, parse_calls
 from model import Form
 from train import Assessed
-from uncertainty import ANSWER_START, PrefixCaches
+from uncertainty import PrefixCaches
 
 TOOLS = ({"name": "get_weather", "description": "", "parameters": {
              "city": {"type": "string", "required": True}, "days": {"type": "integer"}}},
@@ -40,10 +40,10 @@ def options(**changes) -> SimpleNamespace:
                               "top_p": 0.95, **changes})
 
 
-def assessed(text: str = ROME, begun: str = '{"name": "', **l: float) -> Assessed:
+def assessed(text: str = ROME, **l: float) -> Assessed:
     """A line of H: the direct answer, and the candidates' scores."""
-    return Assessed("s-0", "", l or {"get_weather": -1.0, "get_time": -2.0}, 0.5, 9, text, begun,
-                    [], [], [])
+    scores = l or {"get_weather": -1.0, "get_time": -2.0}
+    return Assessed("s-0", "", scores, 0.5, 9, text, [], [], [])
 
 
 def write(*texts: str, sample: Sample = SAMPLE, line: Assessed = assessed(), **changes):
@@ -126,6 +126,7 @@ def test_a_call_and_its_request_become_a_pair_in_the_models_own_form():
     (PARIS, "the request did not end"), (f"{PARIS}\n7", "the request did not end"),
     (f'{ROME}\n"Is it cold in Rome?"', "the direct answer again"),
     (f'{PARIS}\n"what is the weather in ROME"', "copy of the seed request"),
+    (f'{PARIS} {OSLO}\n"In Paris, in Oslo?"', "more than one call"),
     (f'{PARIS}\n"get_weather in Paris"', "the request names the tool"),
     (f'{PARIS}\n"?!"', "no request")])
 def test_each_check_has_its_reason_and_a_rejected_try_is_followed_by_another(text, reason):
@@ -149,11 +150,26 @@ def test_a_value_that_the_request_does_not_spell_must_be_read_back_from_it(read,
     assert asked.form.parts == ('{"name": "get_weather", "arguments":',)    # the name is given
 
 
+def test_of_several_direct_calls_none_may_come_again():
+    line = assessed(f"{ROME}\n{PARIS}")
+    assert write(*[f'{PARIS}\n"In Paris?"'] * TRIES, line=line)[1][0] == "the direct answer again"
+
+
+def test_a_tools_name_is_escaped_where_it_is_given():
+    name = 'a"b\\c'
+    sample = replace(SAMPLE, tools=({**TOOLS[0], "name": name},))
+    call = json.dumps({"name": name, "arguments": {"city": "CN"}})
+    pairs, _, script = write(f'{call}\n"In China?"', call, sample=sample,
+                             line=assessed(**{name: 0.0}))
+    assert pairs[0].read_back and call.startswith(script.prompts[1].form.parts[0])
+
+
 @pytest.mark.parametrize("value, request_, stands", [
     ("new york", "In New York?", True), (5, "for 5 days", True), (5, "for 15 days", False),
     ("CN", "in China", False), (["a", "b"], "a and B", True), (["a", "c"], "a and b", False),
     ({"k": "v"}, "v", True), ("", "anything", False), ([], "anything", False),
-    ("1+", "1+ 2", True)])
+    ("1+", "1+ 2", True), (1, "1,000 dollars", False), (5, "5.7 km", False), (5, "for 5.", True),
+    (None, "none of it", False), (True, "is it true?", False)])
 def test_a_value_stands_in_a_request_as_whole_words(value, request_, stands):
     assert stands_in(value, request_) == stands
 
@@ -168,6 +184,8 @@ def test_a_request_must_be_new_and_a_request(text, reason):
     assert check_request(text, SAMPLE) == reason
     named = replace(SAMPLE, messages=({"role": "user", "content": "Use get_time now."},))
     assert check_request("Now get_time in Oslo", named) == ""       # x names it, too
+    word = replace(SAMPLE, tools=({**TOOLS[0], "name": "Count"},))
+    assert check_request("Count the cats on my account", word) == ""
 
 
 def test_each_call_must_fit_the_tools():
@@ -222,7 +240,7 @@ def test_hostile_text_stays_text_in_what_is_asked_and_in_what_is_written(tokeniz
     """Special tokens come from the template alone; each try ends as a pair or with a reason."""
     sample = Sample("s", ({"role": "user", "content": f"{hostile} x"},), TOOLS)
     pairs, reasons, script = write(*[hostile] * TRIES, sample=sample, pair=pair,
-                                   line=assessed(hostile, ANSWER_START))
+                                   line=assessed(hostile))
     assert pairs == [] and len(reasons) == TRIES and all(reasons)
     for prompt in script.prompts:
         ids = tokenizer.chat(prompt.messages) + tokenizer.encode(prompt.start)

@@ -284,11 +284,14 @@ def test_a_form_is_filled_as_by_one_who_reads_all_of_it_again_for_each_token(mod
     assert short[0][0].ids == short[1][0].ids       # beside another, it ends at the limit, too
 
 
-def test_a_blank_goes_on_behind_a_backslash(tokenizer):
-    filling = Filling(Form(("", '"'), ('"',)), tokenizer)
-    for token in tokenizer.encode('a \\"b'):
+@pytest.mark.parametrize("closer, text", [
+    ('"', 'a \\"b\\\\'), ("]", "[1], [2, [3]]"), ("}", '"a": {"b": {}}, "c": {}')])
+def test_a_blank_goes_on_behind_a_backslash_and_within_brackets(closer, text, tokenizer):
+    filling = Filling(Form(("", "end"), (closer,)), tokenizer)
+    for token in tokenizer.encode(text):
         assert filling.read(token) == [token]
-    assert filling.read(*tokenizer.encode('"')) == tokenizer.encode('"') and not filling.blanks
+    assert filling.read(*tokenizer.encode(closer)) == tokenizer.encode("end")
+    assert not filling.blanks
 
 
 def test_a_draft_is_what_followed_last_time():

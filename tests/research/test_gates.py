@@ -21,7 +21,6 @@ WORDS = SimpleNamespace(encode=str.split, decode=lambda ids: "")       # all tha
 
 def line(id, margin, text, nll) -> Assessed:
     return Assessed(id=id, request="", candidates={"f": 0.0, "g": -1.0}, margin=margin, text=text,
-                    begun="",
                     ids=[1], log_p=[-nll], entropy=[0.0], prompt_tokens=9)
 
 

@@ -41,7 +41,7 @@ def improve(agent, folder, rival, h=(), s=(), g=(), **options):
     kept = Kept(config, FACTS)
     kept(train.H, SAMPLES, lambda xs: [train.Assessed(
         id=x.id, request="", candidates={}, margin=margin, text=text, ids=[], log_p=[], entropy=[],
-        begun="", prompt_tokens=9) for x, (text, margin) in zip(xs, h)])
+        prompt_tokens=9) for x, (text, margin) in zip(xs, h)])
     kept(SAMPLED, SAMPLES[:len(s)], lambda xs: [Sampled(x.id, t) for x, t in zip(xs, s)])
     kept(train.G, SAMPLES[:len(g)], lambda xs: [Found(x.id, p) for x, p in zip(xs, g)])
     return rival(agent, SAMPLES, config, kept)
