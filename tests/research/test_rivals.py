@@ -51,34 +51,37 @@ def texts(outcomes):
     return [outcome.t and outcome.t.text for outcome in outcomes]
 
 
+def heard(agent) -> list[str]:
+    """The texts that the tokenizer encodes from now on."""
+    read, encode = [], agent.tokenizer.encode
+    agent.tokenizer.encode = lambda text: read.append(text) or encode(text)
+    return read
+
+
 # --------------------------------------------------------------------------------- sampled answers
 
-def test_of_the_same_draws_vote_takes_what_most_call_and_retry_the_first_that_fits(agent, tmp_path):
-    h, s = [(MISFIT, 0.1)] * 3, [[OTHER, MISFIT, NONSENSE, ONE, MISFIT]] * 3
-    voted = improve(agent, tmp_path, rivals.vote, h, s)
-    assert texts(voted) == [MISFIT] * 3                             # 2 of 5
-    assert texts(improve(agent, tmp_path, rivals.retry, h, s)) == [OTHER] * 3
-    assert voted[0].extra["sampled"]["texts"] == s[0]
+SURE = [(ONE, 0.94), (ONE, 0.95), (ONE, 1.0)]                       # or not so sure, below tau
+DRAWN = [OTHER, MISFIT, NONSENSE, ONE, MISFIT]
+
+
+@pytest.mark.parametrize("rival, options, h, s, expected", [
+    (rivals.vote, {}, SURE, [DRAWN] * 3, [MISFIT, None, None]),     # 2 of 5
+    (rivals.vote, {"all": True}, SURE, [DRAWN] * 3, [MISFIT] * 3),
+    (rivals.retry, {}, [(NONSENSE, 1.0), (ONE, 0.0), (MISFIT, 0.0)],        # however sure
+     [DRAWN, [], [NONSENSE, "h()"]], [OTHER, None, MISFIT])])       # none fits: the direct answer
+def test_vote_takes_what_most_call_and_retry_the_first_that_fits(rival, options, h, s, expected,
+                                                                 agent, tmp_path):
+    outcomes = improve(agent, tmp_path, rival, h, s, **options)
+    assert texts(outcomes) == expected
+    for outcome, own in zip(outcomes, s):
+        drawn = outcome.extra.get("sampled", {"texts": None})
+        assert drawn["texts"] == (own if outcome.t else None)
 
 
 def test_vote_counts_calls_and_not_spellings():
     same = call_text((Call("f", {"x": "1"}),))
     assert majority([OTHER, same, NONSENSE, ONE], SAMPLES[0]) == (same, 2)
     assert majority([OTHER, ONE], SAMPLES[0]) == (OTHER, 1)     # the first among equals
-
-
-def test_vote_leaves_the_sure_alone_unless_it_is_to_ask_all(agent, tmp_path):
-    h, s = [(ONE, 0.94), (ONE, 0.95), (ONE, 1.0)], [[OTHER]] * 3
-    some = improve(agent, tmp_path, rivals.vote, h, s)
-    assert texts(some) == [OTHER, None, None] and some[1].extra == {}
-    assert texts(improve(agent, tmp_path, rivals.vote, h, s, all=True)) == [OTHER] * 3
-
-
-def test_retry_acts_on_what_does_not_fit_however_sure_and_on_nothing_else(agent, tmp_path):
-    h, s = [(NONSENSE, 1.0), (ONE, 0.0), (NONSENSE, 0.0)], [[MISFIT, OTHER], [], [MISFIT, "h()"]]
-    outcomes = improve(agent, tmp_path, rivals.retry, h, s)
-    assert texts(outcomes) == [OTHER, None, NONSENSE]               # none fits: the direct answer
-    assert outcomes[1].extra == {}
 
 
 def test_an_answer_is_drawn_by_its_seed_id_and_number():
@@ -126,20 +129,16 @@ def test_tticl_shows_the_pairs_and_trains_nothing(agent, tmp_path):
     assert empty.t is None and sure.g is None
 
 
-def test_icl_shows_k_labelled_examples_drawn_for_each_sample_and_asks_of_all(agent, tmp_path):
+def test_icl_shows_k_labelled_examples_drawn_for_each_sample_and_asks_of_all(agent, tmp_path,
+                                                                             monkeypatch):
     split, shown = [replace(SAMPLES[0], answers=(Call("f", {"x": i}),)) for i in range(5)], []
-
-    class Spy(Tokenizer):
-        def split_chat(self, messages):
-            shown.append([message["content"] for message in messages])
-            return super().split_chat(messages)
-    agent.tokenizer.__class__ = Spy
+    monkeypatch.setattr(rivals, "with_examples", lambda sample, examples: shown.append(examples)
+                        or with_examples(sample, examples))
     icl = partial(rivals.icl, split=split)
-    outcomes = improve(agent, tmp_path, icl, [(ONE, 1.0)] * 3, k=2)
-    assert None not in texts(outcomes)
-    drawn = [[said[2], said[4]] for said in shown]
-    assert all(len(said) == 6 for said in shown) and len(set(map(tuple, drawn))) == 3
-    assert all(text in [call_text(one.answers) for one in split] for own in drawn for text in own)
+    assert None not in texts(improve(agent, tmp_path, icl, [(ONE, 1.0)] * 3, k=2))
+    labelled = [(x, call_text(x.answers)) for x in split]
+    assert all(len(own) == 2 and all(one in labelled for one in own) for own in shown)
+    assert len(set(map(str, shown))) == 3
 
 
 # ---------------------------------------------------------------- Algorithm 1, and sampled answers
@@ -170,21 +169,13 @@ def test_after_the_base_method_every_sampled_answer_is_the_base_models(agent, tm
 
 @pytest.mark.parametrize("name", ["vote", "retry", "again", "tticl", "icl", "then_vote"])
 def test_a_label_is_in_nothing_that_a_rival_reads(agent, tmp_path, name):
-    read = []
-
-    class Spy(Tokenizer):
-        def encode(self, text):
-            read.append(text)
-            return super().encode(text)
-    agent.tokenizer.__class__ = Spy
-    writer = LocalWriter(agent.model, agent.tokenizer, agent.prefixes)
-    agent = replace(agent, writer=writer)
+    read, writer = heard(agent), LocalWriter(agent.model, agent.tokenizer, agent.prefixes)
     labelled = [replace(SAMPLES[0], answers=(Call("canary", {}),))]
     config = replace(CONFIG, all=True, out=str(tmp_path / "run"))
-    split = [SAMPLES[1:]] if name == "icl" else []
     kept = Kept(config, FACTS)
     kept(train.G, labelled, lambda xs: [Found(x.id, [Pair("a", "b")]) for x in xs])
-    getattr(rivals, name)(agent, labelled, config, kept, *split)
+    split = [SAMPLES[1:]] if name == "icl" else []
+    getattr(rivals, name)(replace(agent, writer=writer), labelled, config, kept, *split)
     assert read and not any("canary" in text for text in read)
 
 
@@ -219,21 +210,31 @@ def test_a_run_holds_verdicts_on_what_was_sampled(flags, tmp_path):
     assert [r.answer.exact for r in run.records] == [True, True, False]
 
 
-def test_sft_trains_once_and_its_adapter_and_its_checkpoint_answer_alike(flags, tmp_path, capsys):
-    split = write_data(tmp_path / "split.json", *"abcde", x=2)
+def answer_loss(agent, sample, params, alpha) -> float:
+    """Of a sample's own calls, by the model with an adapter."""
+    answer = [*agent.tokenizer.encode(call_text(sample.answers)), agent.tokenizer.im_end]
+    example = agent.tokenizer.chat(call_prompt(sample)), answer
+    with train.adapters(agent.model, params, alpha), torch.no_grad():
+        return train.answer_loss(agent.model, [example], None).item()
+
+
+def test_sft_learns_its_split_once_and_its_checkpoint_answers_alike(flags, tmp_path, capsys):
+    split, folder = write_data(tmp_path / "split.json", *"abcde", x=2), tmp_path / "run"
     sft = [*flags, "--rival", "sft", "--train-data", split, "--epochs", "4", "--train-batch", "2",
            "--merged", str(tmp_path / "merged"), "--adapt", "suffix"]  # which sft is not
     assert rivals.main(sft) == 0
     assert "12/12" in capsys.readouterr().err                       # 4 epochs of 2, 2 and 1
-    run = read_run(tmp_path / "run")
-    agent, samples = train.set_up(train.choose(train.parse_args(sft, RivalConfig)))
-    params, alpha = load_adapter(tmp_path / "run" / "adapter", agent.model)
-    answers = [line.text for line in answer_with(agent, samples, params, CONFIG)]
-    said = [record.answer.text for record in run.records]
-    assert [text[:10] for text in said] == [text[:10] for text in answers] and alpha == CONFIG.alpha
-    assert said != [record.base.text for record in run.records]
-    took = json.loads((tmp_path / "run" / "adapter" / "training.json").read_text())["seconds"]
-    assert all(record.seconds["T"] > took / 3 for record in run.records)        # its share
+    config = train.choose(train.parse_args(sft, RivalConfig))
+    (agent, samples), (learnt, *_) = train.set_up(config), rivals.read_split(config)
+    params, alpha = load_adapter(folder / "adapter", agent.model)
+    assert alpha == config.alpha
+    assert answer_loss(agent, learnt, params, alpha) < 0.8 * answer_loss(agent, learnt, {}, alpha)
+    records = read_run(folder).records
+    said = [record.answer.text for record in records]
+    answers = answer_with(agent, samples, params, replace(config, adapt="full"))
+    assert said == [line.text for line in answers] != [record.base.text for record in records]
+    took = json.loads((folder / "adapter" / "training.json").read_text())["seconds"]
+    assert all(record.seconds["T"] > took / 3 for record in records)            # its share
     base = ["--method", "base", "--model", str(tmp_path / "merged"), "--out", str(tmp_path / "new")]
     assert train.main([*flags, *base]) == 0                         # the later flag counts
     assert [record.base.text for record in read_run(tmp_path / "new").records] == said
@@ -242,21 +243,6 @@ def test_sft_trains_once_and_its_adapter_and_its_checkpoint_answer_alike(flags, 
     assert "sft:" not in capsys.readouterr().err                    # it is not trained again
     assert rivals.main([*sft, "--lr", "1e18"]) == 2
     assert "is not finite; lower --lr" in capsys.readouterr().err
-
-
-def test_sft_learns_its_split(flags, tmp_path):
-    split = write_data(tmp_path / "split.json", *"abcde", x=2)
-    flags = [*flags, "--rival", "sft", "--train-data", split]
-    config = train.choose(train.parse_args(flags, RivalConfig))
-    agent, _ = train.set_up(config)
-    training = rivals.read_split(config)
-
-    def loss(params):
-        own = [*agent.tokenizer.encode(call_text(training[0].answers)), agent.tokenizer.im_end]
-        with train.adapters(agent.model, params, config.alpha), torch.no_grad():
-            example = (agent.tokenizer.chat(call_prompt(training[0])), own)
-            return train.answer_loss(agent.model, [example], None).item()
-    assert loss(rivals.supervised(agent, training, config)) < 0.8 * loss({})
 
 
 def test_training_data_that_repeats_a_test_request_is_refused(flags, tmp_path, capsys):
