@@ -42,7 +42,8 @@ def read(text: str) -> tuple[Call, ...]:
 ONE = '{"name": "f", "arguments": {"a": 1}}'
 BLOCK = f"<tool_call>\n{ONE}\n</tool_call>"
 ONE_CALL = (Call("f", {"a": 1}),)
-FORGIVEN = {
+FORMS = {       # what is forgiven: texts of one call, or of the same call twice
+    "": [BLOCK, f"\n<tool_call>{ONE}</tool_call>{BLOCK} "],
     "other form": [
         ONE, f"{ONE}\n</tool_call>", f"<tool_call>\n{ONE}", f"<tool_call>\n{ONE}}}\n</tool_call>",
         f"[{ONE}, {ONE}]", f"<tool_call>\n[{ONE}]\n</tool_call>", f"```json\n{ONE}\n```",
@@ -58,17 +59,11 @@ FORGIVEN = {
 }
 
 
-@pytest.mark.parametrize("recovery, text", [(r, text) for r in FORGIVEN for text in FORGIVEN[r]])
-def test_what_is_forgiven_is_named_and_never_strict(recovery, text):
+@pytest.mark.parametrize("recovery, text", [(r, text) for r in FORMS for text in FORMS[r]])
+def test_what_is_forgiven_is_named_and_only_closed_blocks_alone_are_strict(recovery, text):
     parsed = parse_calls(text)
     assert parsed.calls in (ONE_CALL, ONE_CALL * 2)
-    assert (parsed.recovery, parsed.strict) == (recovery, False)
-
-
-def test_closed_blocks_alone_are_strict_and_nothing_or_an_empty_list_calls_nothing():
-    assert parse_calls(f"\n<tool_call>{ONE}</tool_call>{BLOCK} ") == Parsed(ONE_CALL * 2, True, "")
-    assert parse_calls(" \n") == Parsed((), True, "")
-    assert parse_calls("[ ]\n") == Parsed((), False, "other form")
+    assert (parsed.recovery, parsed.strict) == (recovery, recovery == "")
 
 
 @pytest.mark.parametrize("value", [
@@ -127,10 +122,9 @@ def test_required_is_what_is_marked_in_either_way_or_without_marks_what_has_no_d
 
 
 CHECKS = {
-    "": ["now()", "rate(amount=3)", "weather(city='Paris', days=5.0)", "weather(city=True)",
-         "weather(city='', days='5', metric='true')", "weather(city=None, days=None, metric='')",
-         "rate(amount='2.5', tags=\"['a']\", more='{\"b\": 1}', any=[{}])",
-         "translate(text='a', of='', to=None)"],
+    "": ["now()", "weather(city=True, days=5.0)", "weather(city='', days='5', metric='true')",
+         "weather(city=None, days=None, metric='')", "translate(text='a', of='', to=None)",
+         "rate(amount='2.5', tags=\"['a']\", more='{\"b\": 1}', any=[{}])"],
     "unknown tool": ["Weather(city='Paris')"],
     "missing argument: city": ["weather(days=1)"],
     "missing argument: text": ["translate()", "translate(text=' ')", "translate(text=None)"],
@@ -140,6 +134,7 @@ CHECKS = {
     "wrong type: metric": ["weather(city='Paris', metric=1)"],
     "wrong type: amount": ["rate(amount='')", "rate(amount='nan')", "rate(amount=True)"],
     "wrong type: tags": ["rate(amount=1, tags='a')", "rate(amount=1, tags={'a': 1})"],
+    "wrong type: more": ["rate(amount=1, more='[1]')"],
 }
 
 
@@ -218,9 +213,8 @@ SCORES = [      # calls, or another text; the right calls; what the verdict says
     ("weather()", "weather(city='')", {"reason": "missing argument: city"}),
     ("weather(city=None)", "weather(city='')", {"reason": "wrong value: city"}),
     # What no schema describes is compared all the same.
-    (P[:-1] + ", wind='5')", P[:-1] + ", wind=5.0)", ALL), ("gone(a='5')", "gone(a=5)", ALL),
+    ("gone(a='5')", "gone(a=5)", ALL),
     # The reason is the first thing wrong, told by the nearest call of the name.
-    (P, f"[{P}, now()]", {"reason": "wrong number of calls: 1 for 2", "name_correct": False}),
     ("[rate(amount=1), now()]", f"[{P}, now()]", {"reason": "wrong name: rate for weather"}),
     (f"[{P[:-1]}, days=1), now()]", f"[{P}, now()]", {"reason": "extra argument: days"}),
     ("[rate(amount=9), rate(amount=1, any='z')]",
@@ -230,7 +224,7 @@ SCORES = [      # calls, or another text; the right calls; what the verdict says
      {"exact": False, "name_f1": 2 / 3, "argument_f1": 2 * 2 / 6}),
     # Garbage is never right, and saying nothing only where no call is.
     ("garbage", "", NONE), ("garbage", P, NONE), ("", P, NONE), ("[]", P, NONE),
-    ("", "", {"exact": True, "strict": True}), ("[]", "", {"exact": True, "strict": False}),
+    (" \n", "", {"exact": True, "strict": True}), ("[ ]", "", {"exact": True, "strict": False}),
     (P, "", {"exact": False, "reason": "wrong number of calls: 1 for 0"}),
 ]
 
@@ -259,8 +253,6 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=8)
 FINITE = nested(SCALARS | st.floats(allow_nan=False, allow_infinity=False))
 VALUES = nested(SCALARS | st.floats() | st.sampled_from([
     "", " ", "5", "5.0", 5, 5.0, "true", "1e999", "nan", "[1]", "['a']", '{"a": 1}', "[" * 99]))
-TYPES = st.sampled_from(["string", "integer", "float", "boolean", "list(str)", "object",
-                         "List[int]", "list(list)", "Union[int, str]", None])
 CALL = st.builds(Call, st.sampled_from(["weather", "rate", "translate", "gone"]), st.dictionaries(
     st.sampled_from(["city", "days", "metric", "amount", "any", "text"]), VALUES, max_size=3))
 CALLS = st.lists(CALL, max_size=3)
@@ -274,16 +266,6 @@ many = settings(max_examples=80, deadline=None)
 @example([Call("f", {"a": "</tool_call>\n<tool_call>", "b": "```json {[\" '"})])
 def test_an_answer_in_the_form_asked_for_is_read_as_it_was_written(calls):
     assert parse_calls(call_text(calls)) == Parsed(tuple(calls), True, "")
-
-
-@many
-@given(VALUES, VALUES, VALUES, TYPES)
-def test_equality_is_reflexive_symmetric_and_transitive(a, b, c, type_):
-    schema = {"type": type_}
-    assert equal_values(a, a, schema)
-    assert equal_values(a, b, schema) == equal_values(b, a, schema)
-    if equal_values(a, b, schema) and equal_values(b, c, schema):
-        assert equal_values(a, c, schema)
 
 
 @many

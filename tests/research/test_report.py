@@ -54,7 +54,7 @@ SAME_FIVE = np.array([[1] * 4 + [0] * 6] * 5)       # p of four samples, and not
     (report.holm, ([0.01, 0.04, 0.03, 0.005],), [0.03, 0.06, 0.06, 0.02]),
     (report.holm, ([0.5, 0.9],), [1, 1]),
     (report.detectable, (114,), (1.96 + 0.8416) * (0.15 / 114) ** 0.5),
-    (report.detectable, (20,), (1.96 + 0.8416) ** 2 / 20),
+    (report.detectable, (20,), (1.96 + 0.8416) ** 2 / 20),          # more change than 15 %
     (report.rouge_l, ("police killed the gunman", "police kill the gunman"), 0.75),     # Lin 2004
     (report.rouge_l, ("the gunman kill police", "police kill the gunman"), 0.5),
     (report.distinct_2, (["a b c", "a b"],), 2 / 3)])

@@ -16,7 +16,7 @@ from lora import load_adapter
 from model import Tokenizer, load_model
 from research import rivals
 from research.lessons import majority
-from research.rivals import SAMPLED, RivalConfig, Sampled, shown_again, with_examples
+from research.rivals import SAMPLED, RivalConfig, Sampled
 from research.stream import answer_with
 from train import Agent, Kept, PrefixCaches
 
@@ -54,7 +54,11 @@ def texts(outcomes):
 def heard(agent) -> list[str]:
     """The texts that the tokenizer encodes from now on."""
     read, encode = [], agent.tokenizer.encode
-    agent.tokenizer.encode = lambda text: read.append(text) or encode(text)
+
+    def listen(text):
+        read.append(text)
+        return encode(text)
+    agent.tokenizer.encode = listen
     return read
 
 
@@ -106,39 +110,30 @@ def greedy(agent, chat) -> str:
 
 
 def test_again_shows_the_direct_answer_and_asks_once_more(agent, tmp_path):
-    chat = shown_again(SAMPLES[0], "the answer")
-    assert chat[:-2] == call_prompt(SAMPLES[0]) and "Think again" in chat[-1]["content"]
-    assert chat[-2] == {"role": "assistant", "content": "the answer"}
+    chat = [*call_prompt(SAMPLES[0]), {"role": "assistant", "content": "the answer"},
+            {"role": "user", "content": rivals.ASK_AGAIN}]
     h = [("the answer", 0.0), (ONE, 1.0), (NONSENSE, 1.0)]
     assert texts(improve(agent, tmp_path, rivals.again, h)) == [greedy(agent, chat), None, None]
 
 
-def test_examples_stand_before_the_request(agent):
-    chat = with_examples(SAMPLES[0], [(SAMPLES[1], "its answer")])
-    said = [message["content"] for message in chat]
-    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
-    assert said[1].startswith("Do 1.") and said[2] == "its answer" and said[3].startswith("Do 0.")
-    assert [said[0], said[3]] == [m["content"] for m in call_prompt(SAMPLES[0])]
-
-
-def test_tticl_shows_the_pairs_and_trains_nothing(agent, tmp_path):
+def test_tticl_shows_the_pairs_before_the_request_and_trains_nothing(agent, tmp_path):
     h, g = [(ONE, 0.0), (ONE, 0.0), (ONE, 1.0)], [[Pair("Do it.", "so")], []]
     first, empty, sure = improve(agent, tmp_path, rivals.tticl, h, g=g)
-    chat = with_examples(SAMPLES[0], [(data.with_request(SAMPLES[0], "Do it."), "so")])
+    system, asked = call_prompt(SAMPLES[0])
+    shown = call_prompt(data.with_request(SAMPLES[0], "Do it."))[1]
+    chat = [system, shown, {"role": "assistant", "content": "so"}, asked]
     assert first.t.text == greedy(agent, chat) and first.t.losses == [] and first.g.pairs == g[0]
     assert empty.t is None and sure.g is None
 
 
-def test_icl_shows_k_labelled_examples_drawn_for_each_sample_and_asks_of_all(agent, tmp_path,
-                                                                             monkeypatch):
-    split, shown = [replace(SAMPLES[0], answers=(Call("f", {"x": i}),)) for i in range(5)], []
-    monkeypatch.setattr(rivals, "with_examples", lambda sample, examples: shown.append(examples)
-                        or with_examples(sample, examples))
-    icl = partial(rivals.icl, split=split)
+def test_icl_shows_k_labelled_examples_drawn_for_each_sample_and_asks_of_all(agent, tmp_path):
+    split = [replace(SAMPLES[0], answers=(Call("f", {"x": i}),)) for i in range(5)]
+    read, icl = heard(agent), partial(rivals.icl, split=split)
     assert None not in texts(improve(agent, tmp_path, icl, [(ONE, 1.0)] * 3, k=2))
-    labelled = [(x, call_text(x.answers)) for x in split]
-    assert all(len(own) == 2 and all(one in labelled for one in own) for own in shown)
-    assert len(set(map(str, shown))) == 3
+    labels = [call_text(x.answers) for x in split]
+    shown = [label for text in read for label in labels if label in text]
+    assert len(shown) == 3 * 2 and not shown[:2] == shown[2:4] == shown[4:]
+    assert all(shown[i] != shown[i + 1] for i in (0, 2, 4))
 
 
 # ---------------------------------------------------------------- Algorithm 1, and sampled answers
@@ -159,13 +154,10 @@ def test_then_vote_samples_each_samples_own_model(agent, tmp_path, adapt):
 
 
 def test_after_the_base_method_every_sampled_answer_is_the_base_models(agent, tmp_path):
-    outcomes = improve(agent, tmp_path, rivals.then_vote, [(ONE, 0.0)] * 3, [[ONE], [OTHER], []],
-                       method="base")
-    assert texts(outcomes) == [None] * 3
-    assert [o.extra["sampled"]["texts"] for o in outcomes] == [[ONE], [OTHER], []]
+    h, s = [(ONE, 0.0)] * 3, [[ONE], [OTHER], []]
+    outcomes = improve(agent, tmp_path, rivals.then_vote, h, s, method="base")
+    assert texts(outcomes) == [None] * 3 and [o.extra["sampled"]["texts"] for o in outcomes] == s
 
-
-# ------------------------------------------------------------------------------------------- labels
 
 @pytest.mark.parametrize("name", ["vote", "retry", "again", "tticl", "icl", "then_vote"])
 def test_a_label_is_in_nothing_that_a_rival_reads(agent, tmp_path, name):

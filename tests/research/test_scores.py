@@ -60,17 +60,6 @@ def test_a_score_by_hand(name, seen, value):
     assert SCORES[name].value(seen) == pytest.approx(value, abs=1e-9, nan_ok=True)
 
 
-def test_every_score_that_knows_something_rises_with_doubt():
-    parts = {"name": [1], "values": [1]}
-    sure = evidence(0.9, 0.1, log_p=column(0, -0.1, 0), entropy=column(0.1, 0.1, 0.1), parts=parts,
-                    orders=np.log([[0.9, 0.1], [0.9, 0.1]]), meanings=["a"] * 3)
-    unsure = replace(sure, candidates=np.log([0.5, 0.5]), log_p=column(0, -2, 0),
-                     entropy=column(1, 1, 1), orders=np.log([[0.9, 0.1], [0.1, 0.9]]),
-                     meanings=["a", "a", "b"])
-    for name in SCORES.keys() - {"random", "candidates", "prompt_tokens", "answer_tokens"}:
-        assert SCORES[name].value(unsure) > SCORES[name].value(sure), name
-
-
 def test_a_score_is_computed_where_all_lines_have_its_data():
     sampled = [{"text": "f(x=1)"}, {"text": '{"name": "f", "arguments": {"x": 1}}'}, {"text": "no"}]
     first = record(0, True, True, 0.5, extra={"sampled": sampled, "orders": [[-1.0, -2.0]] * 2})
