@@ -20,8 +20,9 @@ NOWHERE = "http://127.0.0.1:9/sealtool.json"
 def home(tmp_path, monkeypatch):
     """No test sees the user's own folders, or a network beyond this machine."""
     monkeypatch.delenv("TTSI_DATA", raising=False)
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def write(path, content) -> str:
@@ -78,9 +79,12 @@ def test_the_users_files_come_first_and_are_not_checked(tmp_path, monkeypatch):
     assert len(load("nexusraven", offline=True)) == 2
     with pytest.raises(FileNotFoundError, match="offline"):     # the folder lacks it: to the cache
         load("sealtool", offline=True)
-    for path in (str(tmp_path / "own"), str(tmp_path / "nowhere"), "x" * 5000, "~nobody/x"):
+    with pytest.raises(FileNotFoundError, match="no file .*own.* sealtool.json"):
+        load("sealtool", data=str(tmp_path / "own"))
+    for path in (str(tmp_path / "nowhere"), "x" * 5000, "~nobody-of-this-name/x"):
+        monkeypatch.setenv("TTSI_DATA", path)
         with pytest.raises(FileNotFoundError, match="no file .*TTSI_DATA"):
-            load("sealtool", data=path)
+            load("sealtool")
 
 
 def test_an_unknown_benchmark_is_named():

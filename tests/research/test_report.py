@@ -110,10 +110,12 @@ def test_seeds_are_one_group_and_its_figures_are_those_by_hand():
     assert (row["paper"], row["paper's gain"]) == (72.43, 5.76)
 
 
-def test_other_settings_are_no_further_seeds_and_a_run_given_twice_is_one():
-    one, two = run(RECORDS), run(RECORDS, gate="all", uses_labels=True)
-    names = [group.name for group in grouped([one, two, one])]
-    assert names == ["ttsi", "ttsi gate all (uses labels)"]
+@pytest.mark.parametrize("options, name", [
+    ({"gate": "all", "uses_labels": True}, "ttsi gate all (uses labels)"),
+    ({"lr": 1e-3}, "ttsi lr 0.001"), ({"data": "b.json"}, "ttsi data b.json")])
+def test_other_settings_are_no_further_seeds_and_a_run_given_twice_is_one(options, name):
+    one, two = run(RECORDS), run(RECORDS, **options)
+    assert [group.name for group in grouped([one, two, one])] == ["ttsi", name]
 
 
 def test_what_not_all_seeds_have_is_left_out_and_told():
@@ -179,7 +181,7 @@ def test_votes_and_pass_at_k_by_hand():
 
 def test_the_pairs_by_hand():
     pair = {"request": "Is it cold in Oslo?", "read_back": True,
-            "text": '{"name": "f", "arguments": {"in": ["Oslo", 5]}}'}
+            "text": '{"name": "f", "arguments": {"in": [{"city": "Oslo"}, 5]}}'}
     gold = '{"name": "f", "arguments": {"city": "Oslo"}}'
     group, = grouped([run([
         replace(RECORDS[0], request="Is it warm in Rome? 5", norms=[2.0, 9.0], pairs=[pair],
