@@ -39,18 +39,27 @@ def run(records: list[Record], **config) -> Run:
     return Run(Path("run"), CONFIG | config, records)
 
 
-def of_gains(*gains: int) -> list[Record]:
-    """Records in which adapting has gained so much."""
-    return [record(f"x-{i}", gain < 0, gain > 0) for i, gain in enumerate(gains)]
-
-
 # --- Statistics -----------------------------------------------------------------------------------
 
-def test_wilson_and_mcnemar_by_hand():
-    middle, half = (0.3 + 1.96 ** 2 / 20) / (1 + 1.96 ** 2 / 10), 0.2474
-    assert report.wilson(3, 10) == pytest.approx((middle - half, middle + half), abs=1e-3)
-    assert report.mcnemar(6, 1) == pytest.approx(2 * (1 + 7) / 2 ** 7)
-    assert report.mcnemar(0, 0) == 1
+SEVEN_TO_TWO = np.array([[1] * 7 + [-1] * 2 + [0] * 20])
+SAME_FIVE = np.array([[1] * 4 + [0] * 6] * 5)       # p of four samples, and not of twenty
+
+
+@pytest.mark.parametrize("statistic, arguments, value", [
+    (report.wilson, (3, 10), (0.1078, 0.6032)), (report.mcnemar, (0, 0), 1),
+    (report.mcnemar, (6, 1), 2 * (1 + 7) / 2 ** 7),
+    (report.p_value, ([SEVEN_TO_TWO],), 2 * (1 + 9 + 36) / 2 ** 9),
+    (report.sign_flip, (SEVEN_TO_TWO[0],), 2 * (1 + 9 + 36) / 2 ** 9),
+    (report.p_value, ([SAME_FIVE],), 2 / 2 ** 4), (report.p_value, ([0 * SAME_FIVE],), 1),
+    (report.holm, ([0.01, 0.04, 0.03, 0.005],), [0.03, 0.06, 0.06, 0.02]),
+    (report.holm, ([0.5, 0.9],), [1, 1]),
+    (report.detectable, (114,), (1.96 + 0.8416) * (0.15 / 114) ** 0.5),
+    (report.detectable, (20,), (1.96 + 0.8416) ** 2 / 20),          # more change than 15 %
+    (report.rouge_l, ("police killed the gunman", "police kill the gunman"), 0.75),     # Lin 2004
+    (report.rouge_l, ("the gunman kill police", "police kill the gunman"), 0.5),
+    (report.distinct_2, (["a b c", "a b"],), 2 / 3)])
+def test_a_statistic_by_hand(statistic, arguments, value):
+    assert statistic(*arguments) == pytest.approx(value, rel=1e-3)
 
 
 @pytest.mark.parametrize("gain", [(1, 0.5, 0.5, 1, -0.5, 0, 0), (1, 1, -1, -1), (0.2, 0.4, 0.8)])
@@ -60,22 +69,10 @@ def test_sign_flips_equal_all_flips(gain):
     assert report.sign_flip(np.array(gain)) == pytest.approx(expected)
 
 
-def test_of_one_seed_sign_flips_are_mcnemar():
-    gain = np.array([[1] * 7 + [-1] * 2 + [0] * 20])
-    assert report.p_value([gain]) == pytest.approx(report.mcnemar(7, 2))
-    assert report.sign_flip(gain[0]) == pytest.approx(report.mcnemar(7, 2))
-
-
-def test_the_same_seed_five_times_is_no_more_evidence():
-    """All five runs fix the same four of ten samples: p is that of four coins, not of twenty."""
-    gain = np.array([[1] * 4 + [0] * 6] * 5)
-    assert report.p_value([gain]) == pytest.approx(2 / 2 ** 4)
-    assert report.p_value([np.zeros((5, 10), int)]) == 1
-
-
-def test_holm_by_hand():
-    assert report.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert report.holm([0.5, 0.9]) == [1, 1]
+@pytest.mark.parametrize("k, drawn, right", [(1, 5, 2), (2, 5, 2), (5, 5, 1), (3, 6, 0), (2, 4, 4)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(k, drawn, right):
+    subsets = list(itertools.combinations([True] * right + [False] * (drawn - right), k))
+    assert report.pass_at(k, drawn, right) == pytest.approx(np.mean([any(s) for s in subsets]))
 
 
 def test_the_nested_bootstrap_has_the_spread_of_the_samples_and_of_the_seeds():
@@ -97,23 +94,12 @@ def test_benchmarks_of_equal_size_are_drawn_apart():
     assert (low, high) == pytest.approx((-1.96 * sd, 1.96 * sd), rel=0.15)
 
 
-@pytest.mark.parametrize("n, points", [(114, 10.2), (294, 6.3), (1252, 3.1), (20, 39.2)])
-def test_the_smallest_gain_that_one_run_can_find(n, points):
-    assert 100 * report.detectable(n) == pytest.approx(points, abs=0.06)
-
-
-@pytest.mark.parametrize("k, drawn, right", [(1, 5, 2), (2, 5, 2), (5, 5, 1), (3, 6, 0), (2, 4, 4)])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(k, drawn, right):
-    subsets = list(itertools.combinations([True] * right + [False] * (drawn - right), k))
-    assert report.pass_at(k, drawn, right) == pytest.approx(np.mean([any(s) for s in subsets]))
-
-
 # --- Runs that belong together --------------------------------------------------------------------
 
 def test_seeds_are_one_group_and_its_figures_are_those_by_hand():
     other = [RECORDS[0], record("b", True, True, "certain"), *RECORDS[2:4],
              record("e", False, False)]
-    row, = compare(grouped([run(RECORDS), run(other, seed=1, device="cuda", facts={"torch": "2"})]))
+    row, = compare(grouped([run(RECORDS), run(other, seed=1, device="cuda", lesson="self")]))
     assert (row["run"], row["n"], row["seeds"], row["fixed"], row["harmed"]) == ("ttsi", 5, 2, 3, 1)
     assert row["before"] == 0.4 and row["its interval"] == report.wilson(2, 5)
     assert row["after"] == {"mean": 0.6, "sd": 0} and row["gain"]["mean"] == pytest.approx(0.2)
@@ -124,19 +110,12 @@ def test_seeds_are_one_group_and_its_figures_are_those_by_hand():
     assert (row["paper"], row["paper's gain"]) == (72.43, 5.76)
 
 
-@pytest.mark.parametrize("option, values", [
-    ("lr", (1e-4, 1e-3)), ("teacher", ("a", "b")), ("gate", (None, "all")), ("data", ("a", "b"))])
-def test_other_settings_are_no_further_seeds_and_a_run_given_twice_is_one(option, values):
-    one, two = (run(RECORDS, **({option: value} if value else {})) for value in values)
-    names = [group.name for group in grouped([one, two, one])]
-    assert len(names) == 2 and names[1] == f"ttsi {option} {values[1]}"
-
-
-def test_an_option_at_its_usual_value_is_as_one_that_is_not_there():
-    group, = grouped([run(RECORDS), run(RECORDS, seed=1, lesson="self", filter="schema")])
-    assert len(group.seeds) == 2
-    marked, = grouped([run(RECORDS, uses_labels=True)])
-    assert marked.name == "ttsi (uses labels)"
+@pytest.mark.parametrize("options, name", [
+    ({"gate": "all", "uses_labels": True}, "ttsi gate all (uses labels)"),
+    ({"lr": 1e-3}, "ttsi lr 0.001"), ({"data": "b.json"}, "ttsi data b.json")])
+def test_other_settings_are_no_further_seeds_and_a_run_given_twice_is_one(options, name):
+    one, two = run(RECORDS), run(RECORDS, **options)
+    assert [group.name for group in grouped([one, two, one])] == ["ttsi", name]
 
 
 def test_what_not_all_seeds_have_is_left_out_and_told():
@@ -147,19 +126,20 @@ def test_what_not_all_seeds_have_is_left_out_and_told():
 
 
 @pytest.mark.parametrize("config, shown", [
-    ({}, 72.43), ({"tau": 0.35}, 68.10), ({"gate": "all", "tau": 0.5}, 73.47),
+    ({"tau": 0.35}, 68.10), ({"gate": "all", "tau": 0.5}, 73.47),
     ({"gate": "all", "lesson": "gold"}, 78.89), ({"method": "base", "tau": 0.1}, 66.37),
-    ({"tau": 0.5}, None), ({"model": "Qwen/Qwen2.5-0.5B-Instruct"}, None),
-    ({"data": "bundled"}, None), ({"rank": 64}, None), ({"limit": 50}, None), ({"k": 4}, None),
-    ({"adapt": "suffix"}, None), ({"gate": "random"}, None), ({"bench": "apibank"}, None)])
+    *((other, math.nan) for other in (
+        {"tau": 0.5}, {"model": "Qwen/Qwen2.5-0.5B-Instruct"}, {"data": "bundled"}, {"rank": 64},
+        {"limit": 50}, {"gate": "random"}, {"bench": "apibank"}))])
 def test_the_papers_figures_stand_beside_runs_of_its_own_setting_alone(config, shown):
     row, = compare(grouped([run(RECORDS, **config)]))
-    assert row["paper"] == shown if shown else math.isnan(row["paper"])
+    assert row["paper"] == pytest.approx(shown, nan_ok=True)
 
 
 def test_several_benchmarks_are_corrected_for_and_have_a_mean():
     """6 of 6 mended, and 0 of 2; a run that differs in more than the benchmark is no such other."""
-    six, two = run(of_gains(*[1] * 6)), run(of_gains(0, 0), bench="apibank", data="b.json")
+    six = run([record(f"x-{i}", False, True) for i in range(6)])
+    two = run([record(f"x-{i}", False, False) for i in range(2)], bench="apibank", data="b.json")
     apart = replace(two, config={**two.config, "k": 2})
     first, _, other, both = compare(grouped([six, two, apart]))
     assert (first["p"], first["holm"]) == pytest.approx((2 / 2 ** 6, 4 / 2 ** 6))
@@ -199,23 +179,15 @@ def test_votes_and_pass_at_k_by_hand():
     assert row["pass@5"]["mean"] == pytest.approx(4 / 5)
 
 
-def test_measures_of_text_by_hand():
-    assert report.rouge_l("police killed the gunman", "police kill the gunman") == 0.75  # Lin 2004
-    assert report.rouge_l("the gunman kill police", "police kill the gunman") == 0.5
-    assert report.distinct_2(["a b c", "a b"]) == pytest.approx(2 / 3)
-    call = report.parse_calls('{"name": "f", "arguments": {"a": 1, "b": ["x", {"c": true}]}}').calls
-    assert report.argument_values(call) == ["1", "x", "True"]
-
-
 def test_the_pairs_by_hand():
     pair = {"request": "Is it cold in Oslo?", "read_back": True,
-            "text": '{"name": "f", "arguments": {"city": "Oslo", "n": 5}}'}
+            "text": '{"name": "f", "arguments": {"in": [{"city": "Oslo"}, 5]}}'}
+    gold = '{"name": "f", "arguments": {"city": "Oslo"}}'
     group, = grouped([run([
         replace(RECORDS[0], request="Is it warm in Rome? 5", norms=[2.0, 9.0], pairs=[pair],
-                base=verdict(False, "g()"), gold='{"name": "f", "arguments": {"city": "Oslo"}}',
-                extra={"kl": 0.5}),
-        record("b", False, True, pairs=[{**pair, "request": "In Oslo"}], request="In Oslo now?",
-               gold='{"name": "f", "arguments": {"city": "Oslo"}}')])])
+                base=verdict(False, "g()"), gold=gold, extra={"kl": 0.5}),
+        record("b", False, True, pairs=[pair | {"request": "In Oslo"}], request="In Oslo now?",
+               gold=gold)])])
     row = pairs(group)
     assert (row["pairs"], row["valid"], row["unique"], row["repeats"]) == (2, 0.5, 1, 1)
     assert row["read back"] == 2
@@ -231,12 +203,9 @@ def test_the_report_in_every_form(tmp_path, capsys):
         write_run(Path(folder), CONFIG | {"seed": seed}, RECORDS)
     assert report.main(folders) == 0
     text = capsys.readouterr().out
-    assert "+20.0 ± 0.0" in text and "72.43" in text and "unknown argument 5" not in text
-    assert "rejected: unknown argument 10." in text and "Median seconds" in text
+    assert "+20.0 ± 0.0" in text and "72.43" in text and "rejected: unknown argument 10." in text
     assert report.main([*folders, "--markdown"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for before, line in zip(lines, lines[1:]):                      # a table ends with a blank line
-        assert not before.startswith("|") or not line or line.startswith("|")
+    assert "| sealtool | ttsi |" in capsys.readouterr().out
     assert report.main([*folders, "--json"]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found["gains"][0]["gain"]["mean"] == pytest.approx(0.2)

@@ -16,7 +16,7 @@ from lora import load_adapter
 from model import Tokenizer, load_model
 from research import rivals
 from research.lessons import majority
-from research.rivals import SAMPLED, RivalConfig, Sampled, shown_again, with_examples
+from research.rivals import SAMPLED, RivalConfig, Sampled
 from research.stream import answer_with
 from train import Agent, Kept, PrefixCaches
 
@@ -51,34 +51,41 @@ def texts(outcomes):
     return [outcome.t and outcome.t.text for outcome in outcomes]
 
 
+def heard(agent) -> list[str]:
+    """The texts that the tokenizer encodes from now on."""
+    read, encode = [], agent.tokenizer.encode
+
+    def listen(text):
+        read.append(text)
+        return encode(text)
+    agent.tokenizer.encode = listen
+    return read
+
+
 # --------------------------------------------------------------------------------- sampled answers
 
-def test_of_the_same_draws_vote_takes_what_most_call_and_retry_the_first_that_fits(agent, tmp_path):
-    h, s = [(MISFIT, 0.1)] * 3, [[OTHER, MISFIT, NONSENSE, ONE, MISFIT]] * 3
-    voted = improve(agent, tmp_path, rivals.vote, h, s)
-    assert texts(voted) == [MISFIT] * 3                             # 2 of 5
-    assert texts(improve(agent, tmp_path, rivals.retry, h, s)) == [OTHER] * 3
-    assert voted[0].extra["sampled"]["texts"] == s[0]
+SURE = [(ONE, 0.94), (ONE, 0.95), (ONE, 1.0)]                       # or not so sure, below tau
+DRAWN = [OTHER, MISFIT, NONSENSE, ONE, MISFIT]
+
+
+@pytest.mark.parametrize("rival, options, h, s, expected", [
+    (rivals.vote, {}, SURE, [DRAWN] * 3, [MISFIT, None, None]),     # 2 of 5
+    (rivals.vote, {"all": True}, SURE, [DRAWN] * 3, [MISFIT] * 3),
+    (rivals.retry, {}, [(NONSENSE, 1.0), (ONE, 0.0), (MISFIT, 0.0)],        # however sure
+     [DRAWN, [], [NONSENSE, "h()"]], [OTHER, None, MISFIT])])       # none fits: the direct answer
+def test_vote_takes_what_most_call_and_retry_the_first_that_fits(rival, options, h, s, expected,
+                                                                 agent, tmp_path):
+    outcomes = improve(agent, tmp_path, rival, h, s, **options)
+    assert texts(outcomes) == expected
+    for outcome, own in zip(outcomes, s):
+        drawn = outcome.extra.get("sampled", {"texts": None})
+        assert drawn["texts"] == (own if outcome.t else None)
 
 
 def test_vote_counts_calls_and_not_spellings():
     same = call_text((Call("f", {"x": "1"}),))
     assert majority([OTHER, same, NONSENSE, ONE], SAMPLES[0]) == (same, 2)
     assert majority([OTHER, ONE], SAMPLES[0]) == (OTHER, 1)     # the first among equals
-
-
-def test_vote_leaves_the_sure_alone_unless_it_is_to_ask_all(agent, tmp_path):
-    h, s = [(ONE, 0.94), (ONE, 0.95), (ONE, 1.0)], [[OTHER]] * 3
-    some = improve(agent, tmp_path, rivals.vote, h, s)
-    assert texts(some) == [OTHER, None, None] and some[1].extra == {}
-    assert texts(improve(agent, tmp_path, rivals.vote, h, s, all=True)) == [OTHER] * 3
-
-
-def test_retry_acts_on_what_does_not_fit_however_sure_and_on_nothing_else(agent, tmp_path):
-    h, s = [(NONSENSE, 1.0), (ONE, 0.0), (NONSENSE, 0.0)], [[MISFIT, OTHER], [], [MISFIT, "h()"]]
-    outcomes = improve(agent, tmp_path, rivals.retry, h, s)
-    assert texts(outcomes) == [OTHER, None, NONSENSE]               # none fits: the direct answer
-    assert outcomes[1].extra == {}
 
 
 def test_an_answer_is_drawn_by_its_seed_id_and_number():
@@ -103,43 +110,30 @@ def greedy(agent, chat) -> str:
 
 
 def test_again_shows_the_direct_answer_and_asks_once_more(agent, tmp_path):
-    chat = shown_again(SAMPLES[0], "the answer")
-    assert chat[:-2] == call_prompt(SAMPLES[0]) and "Think again" in chat[-1]["content"]
-    assert chat[-2] == {"role": "assistant", "content": "the answer"}
+    chat = [*call_prompt(SAMPLES[0]), {"role": "assistant", "content": "the answer"},
+            {"role": "user", "content": rivals.ASK_AGAIN}]
     h = [("the answer", 0.0), (ONE, 1.0), (NONSENSE, 1.0)]
     assert texts(improve(agent, tmp_path, rivals.again, h)) == [greedy(agent, chat), None, None]
 
 
-def test_examples_stand_before_the_request(agent):
-    chat = with_examples(SAMPLES[0], [(SAMPLES[1], "its answer")])
-    said = [message["content"] for message in chat]
-    assert [message["role"] for message in chat] == ["system", "user", "assistant", "user"]
-    assert said[1].startswith("Do 1.") and said[2] == "its answer" and said[3].startswith("Do 0.")
-    assert [said[0], said[3]] == [m["content"] for m in call_prompt(SAMPLES[0])]
-
-
-def test_tticl_shows_the_pairs_and_trains_nothing(agent, tmp_path):
+def test_tticl_shows_the_pairs_before_the_request_and_trains_nothing(agent, tmp_path):
     h, g = [(ONE, 0.0), (ONE, 0.0), (ONE, 1.0)], [[Pair("Do it.", "so")], []]
     first, empty, sure = improve(agent, tmp_path, rivals.tticl, h, g=g)
-    chat = with_examples(SAMPLES[0], [(data.with_request(SAMPLES[0], "Do it."), "so")])
+    system, asked = call_prompt(SAMPLES[0])
+    shown = call_prompt(data.with_request(SAMPLES[0], "Do it."))[1]
+    chat = [system, shown, {"role": "assistant", "content": "so"}, asked]
     assert first.t.text == greedy(agent, chat) and first.t.losses == [] and first.g.pairs == g[0]
     assert empty.t is None and sure.g is None
 
 
 def test_icl_shows_k_labelled_examples_drawn_for_each_sample_and_asks_of_all(agent, tmp_path):
-    split, shown = [replace(SAMPLES[0], answers=(Call("f", {"x": i}),)) for i in range(5)], []
-
-    class Spy(Tokenizer):
-        def split_chat(self, messages):
-            shown.append([message["content"] for message in messages])
-            return super().split_chat(messages)
-    agent.tokenizer.__class__ = Spy
-    icl = partial(rivals.icl, split=split)
-    outcomes = improve(agent, tmp_path, icl, [(ONE, 1.0)] * 3, k=2)
-    assert None not in texts(outcomes)
-    drawn = [[said[2], said[4]] for said in shown]
-    assert all(len(said) == 6 for said in shown) and len(set(map(tuple, drawn))) == 3
-    assert all(text in [call_text(one.answers) for one in split] for own in drawn for text in own)
+    split = [replace(SAMPLES[0], answers=(Call("f", {"x": i}),)) for i in range(5)]
+    read, icl = heard(agent), partial(rivals.icl, split=split)
+    assert None not in texts(improve(agent, tmp_path, icl, [(ONE, 1.0)] * 3, k=2))
+    labels = [call_text(x.answers) for x in split]
+    shown = [label for text in read for label in labels if label in text]
+    assert len(shown) == 3 * 2 and not shown[:2] == shown[2:4] == shown[4:]
+    assert all(shown[i] != shown[i + 1] for i in (0, 2, 4))
 
 
 # ---------------------------------------------------------------- Algorithm 1, and sampled answers
@@ -160,31 +154,20 @@ def test_then_vote_samples_each_samples_own_model(agent, tmp_path, adapt):
 
 
 def test_after_the_base_method_every_sampled_answer_is_the_base_models(agent, tmp_path):
-    outcomes = improve(agent, tmp_path, rivals.then_vote, [(ONE, 0.0)] * 3, [[ONE], [OTHER], []],
-                       method="base")
-    assert texts(outcomes) == [None] * 3
-    assert [o.extra["sampled"]["texts"] for o in outcomes] == [[ONE], [OTHER], []]
+    h, s = [(ONE, 0.0)] * 3, [[ONE], [OTHER], []]
+    outcomes = improve(agent, tmp_path, rivals.then_vote, h, s, method="base")
+    assert texts(outcomes) == [None] * 3 and [o.extra["sampled"]["texts"] for o in outcomes] == s
 
-
-# ------------------------------------------------------------------------------------------- labels
 
 @pytest.mark.parametrize("name", ["vote", "retry", "again", "tticl", "icl", "then_vote"])
 def test_a_label_is_in_nothing_that_a_rival_reads(agent, tmp_path, name):
-    read = []
-
-    class Spy(Tokenizer):
-        def encode(self, text):
-            read.append(text)
-            return super().encode(text)
-    agent.tokenizer.__class__ = Spy
-    writer = LocalWriter(agent.model, agent.tokenizer, agent.prefixes)
-    agent = replace(agent, writer=writer)
+    read, writer = heard(agent), LocalWriter(agent.model, agent.tokenizer, agent.prefixes)
     labelled = [replace(SAMPLES[0], answers=(Call("canary", {}),))]
     config = replace(CONFIG, all=True, out=str(tmp_path / "run"))
-    split = [SAMPLES[1:]] if name == "icl" else []
     kept = Kept(config, FACTS)
     kept(train.G, labelled, lambda xs: [Found(x.id, [Pair("a", "b")]) for x in xs])
-    getattr(rivals, name)(agent, labelled, config, kept, *split)
+    split = [SAMPLES[1:]] if name == "icl" else []
+    getattr(rivals, name)(replace(agent, writer=writer), labelled, config, kept, *split)
     assert read and not any("canary" in text for text in read)
 
 
@@ -219,21 +202,31 @@ def test_a_run_holds_verdicts_on_what_was_sampled(flags, tmp_path):
     assert [r.answer.exact for r in run.records] == [True, True, False]
 
 
-def test_sft_trains_once_and_its_adapter_and_its_checkpoint_answer_alike(flags, tmp_path, capsys):
-    split = write_data(tmp_path / "split.json", *"abcde", x=2)
+def answer_loss(agent, sample, params, alpha) -> float:
+    """Of a sample's own calls, by the model with an adapter."""
+    answer = [*agent.tokenizer.encode(call_text(sample.answers)), agent.tokenizer.im_end]
+    example = agent.tokenizer.chat(call_prompt(sample)), answer
+    with train.adapters(agent.model, params, alpha), torch.no_grad():
+        return train.answer_loss(agent.model, [example], None).item()
+
+
+def test_sft_learns_its_split_once_and_its_checkpoint_answers_alike(flags, tmp_path, capsys):
+    split, folder = write_data(tmp_path / "split.json", *"abcde", x=2), tmp_path / "run"
     sft = [*flags, "--rival", "sft", "--train-data", split, "--epochs", "4", "--train-batch", "2",
            "--merged", str(tmp_path / "merged"), "--adapt", "suffix"]  # which sft is not
     assert rivals.main(sft) == 0
     assert "12/12" in capsys.readouterr().err                       # 4 epochs of 2, 2 and 1
-    run = read_run(tmp_path / "run")
-    agent, samples = train.set_up(train.choose(train.parse_args(sft, RivalConfig)))
-    params, alpha = load_adapter(tmp_path / "run" / "adapter", agent.model)
-    answers = [line.text for line in answer_with(agent, samples, params, CONFIG)]
-    said = [record.answer.text for record in run.records]
-    assert [text[:10] for text in said] == [text[:10] for text in answers] and alpha == CONFIG.alpha
-    assert said != [record.base.text for record in run.records]
-    took = json.loads((tmp_path / "run" / "adapter" / "training.json").read_text())["seconds"]
-    assert all(record.seconds["T"] > took / 3 for record in run.records)        # its share
+    config = train.choose(train.parse_args(sft, RivalConfig))
+    (agent, samples), (learnt, *_) = train.set_up(config), rivals.read_split(config)
+    params, alpha = load_adapter(folder / "adapter", agent.model)
+    assert alpha == config.alpha
+    assert answer_loss(agent, learnt, params, alpha) < 0.8 * answer_loss(agent, learnt, {}, alpha)
+    records = read_run(folder).records
+    said = [record.answer.text for record in records]
+    answers = answer_with(agent, samples, params, replace(config, adapt="full"))
+    assert said == [line.text for line in answers] != [record.base.text for record in records]
+    took = json.loads((folder / "adapter" / "training.json").read_text())["seconds"]
+    assert all(record.seconds["T"] > took / 3 for record in records)            # its share
     base = ["--method", "base", "--model", str(tmp_path / "merged"), "--out", str(tmp_path / "new")]
     assert train.main([*flags, *base]) == 0                         # the later flag counts
     assert [record.base.text for record in read_run(tmp_path / "new").records] == said
@@ -242,21 +235,6 @@ def test_sft_trains_once_and_its_adapter_and_its_checkpoint_answer_alike(flags, 
     assert "sft:" not in capsys.readouterr().err                    # it is not trained again
     assert rivals.main([*sft, "--lr", "1e18"]) == 2
     assert "is not finite; lower --lr" in capsys.readouterr().err
-
-
-def test_sft_learns_its_split(flags, tmp_path):
-    split = write_data(tmp_path / "split.json", *"abcde", x=2)
-    flags = [*flags, "--rival", "sft", "--train-data", split]
-    config = train.choose(train.parse_args(flags, RivalConfig))
-    agent, _ = train.set_up(config)
-    training = rivals.read_split(config)
-
-    def loss(params):
-        own = [*agent.tokenizer.encode(call_text(training[0].answers)), agent.tokenizer.im_end]
-        with train.adapters(agent.model, params, config.alpha), torch.no_grad():
-            example = (agent.tokenizer.chat(call_prompt(training[0])), own)
-            return train.answer_loss(agent.model, [example], None).item()
-    assert loss(rivals.supervised(agent, training, config)) < 0.8 * loss({})
 
 
 def test_training_data_that_repeats_a_test_request_is_refused(flags, tmp_path, capsys):

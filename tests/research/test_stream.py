@@ -37,10 +37,6 @@ def improve(agent, folder, pairs, samples=SAMPLES, params=None, **options):
     return stream.improve(agent, samples, config, kept, {} if params is None else params)
 
 
-def same(params, others) -> bool:
-    return all((a == b).all() for name in params for a, b in zip(params[name], others[name]))
-
-
 @pytest.mark.parametrize("adapt", ["full", "suffix"])
 def test_an_adapter_that_is_held_learns_and_answers_as_the_cores(agent, adapt):
     config = replace(CONFIG, adapt=adapt)
@@ -51,31 +47,32 @@ def test_an_adapter_that_is_held_learns_and_answers_as_the_cores(agent, adapt):
     assert answer_with(agent, SAMPLES[:1], params, config)[0].text == core.text
 
 
-def test_each_starts_from_what_the_last_one_learnt(agent, tmp_path):
-    pairs = [[Pair("one and the same request", "one answer")]] * 3
-    on = improve(agent, tmp_path / "never", pairs, reset="never")
-    off = improve(agent, tmp_path / "sample", pairs)
-    first = [outcome.t.losses[0] for outcome in on]                 # of each, before it learns
-    assert first[2] < first[1] < first[0]
-    assert off[2].t.losses[0] == pytest.approx(first[0], rel=0.1)   # a fresh one knows nothing
-
-
-def test_once_it_has_begun_the_adapter_answers_everyone(agent, tmp_path):
-    params = {}
-    before, learner, after = improve(agent, tmp_path, [[], [Pair("a", "an answer")], []],
-                                     params=params, reset="never")
-    assert before.t is None and learner.t.losses
-    line, = answer_with(agent, SAMPLES[2:], params, CONFIG)
-    assert after.t.losses == [] and after.t.text == line.text != after.h.text
-
-
-def test_with_the_reset_it_is_algorithm_1(agent, tmp_path):
-    pairs = [[Pair("a", "b")], [], [Pair("c", "d")]]
-    params, lessons = {}, [lessons_of(SAMPLES[i], Found("", pairs[i])) for i in (0, 2)]
-    first, second, third = improve(agent, tmp_path, pairs, params=params)
+def test_with_the_reset_it_is_algorithm_1_and_without_it_each_starts_from_the_last(agent, tmp_path):
+    lesson = Pair("one and the same request", "one answer")
+    pairs, params = [[lesson], [], [lesson]], {}
+    first, second, third = improve(agent, tmp_path / "sample", pairs, params=params)
+    lessons = [lessons_of(SAMPLES[i], Found("", pairs[i])) for i in (0, 2)]
     core = train.adapt(agent, [SAMPLES[0], SAMPLES[2]], lessons, CONFIG)
-    assert [replace(o.t, seconds=0.0) for o in (first, third)] == core
+    assert [replace(outcome.t, seconds=0.0) for outcome in (first, third)] == core
     assert second.t is None and params == {}
+    on = improve(agent, tmp_path / "never", [[lesson]] * 3, reset="never")
+    losses = [outcome.t.losses[0] for outcome in on]                # of each, before it learns
+    assert losses[2] < losses[1] < losses[0]
+    assert third.t.losses[0] == pytest.approx(losses[0], rel=0.1)   # a fresh one knows nothing
+
+
+@pytest.mark.parametrize("adapt", ["full", "suffix"])
+def test_once_it_has_begun_the_adapter_answers_everyone_and_theta_0_stays(agent, tmp_path, adapt):
+    params, weights = {}, fingerprint(agent.model)
+    before, learner, after = improve(agent, tmp_path, [[], [Pair("a", "an answer")], []],
+                                     params=params, reset="never", adapt=adapt)
+    assert before.t is None and learner.t.losses
+    line, = answer_with(agent, SAMPLES[2:], params, replace(CONFIG, adapt=adapt))
+    assert after.t.losses == [] and after.t.text == line.text != after.h.text
+    assert fingerprint(agent.model) == weights
+    for ids, cache in agent.prefixes.caches.items():
+        fresh = PrefixCaches(agent.model).read(ids)
+        assert all((a == b).all() for a, b in zip(fresh.values, cache.values))
 
 
 def test_what_explodes_is_dropped_and_the_adapter_before_it_goes_on(agent, tmp_path):
@@ -83,28 +80,21 @@ def test_what_explodes_is_dropped_and_the_adapter_before_it_goes_on(agent, tmp_p
     improve(agent, tmp_path / "good", pairs, SAMPLES[:1], params, reset="never")
     before = stream.copy_of(params)
     outcome, = improve(agent, tmp_path / "bad", pairs, SAMPLES[1:2], params, reset="never", lr=1e18)
-    assert not outcome.t.finite and same(before, params)
+    assert params and not outcome.t.finite
+    for name, pair in before.items():
+        assert all((a == b).all() for a, b in zip(pair, params[name]))
 
 
 def test_who_does_not_fit_the_memory_gets_no_line_and_other_errors_are_raised():
     def work(sample):
         if sample is SAMPLES[1]:
-            raise error("out of memory")
+            raise error("of this sample")
         return sample.id
     error = torch.OutOfMemoryError
     assert stream.one_by_one(SAMPLES, work) == [SAMPLES[0].id, SAMPLES[2].id]
     error = RuntimeError
     with pytest.raises(RuntimeError):
         stream.one_by_one(SAMPLES, work)
-
-
-def test_the_base_weights_and_the_kept_caches_stay_those_of_theta_0(agent, tmp_path):
-    weights = fingerprint(agent.model)
-    improve(agent, tmp_path, [[Pair("a", "b")]] * 3, reset="never", adapt="suffix")
-    assert fingerprint(agent.model) == weights
-    for ids, cache in agent.prefixes.caches.items():
-        fresh = PrefixCaches(agent.model).read(ids)
-        assert all((a == b).all() for a, b in zip(fresh.values, cache.values))
 
 
 def test_the_program_and_what_it_refuses(checkpoint, tmp_path, monkeypatch, capsys):
