@@ -268,13 +268,3 @@ def call_key(call: Call, tools: Sequence[dict]) -> tuple[str, frozenset]:
 def calls_key(calls: Sequence[Call], tools: Sequence[dict]) -> Hashable:
     """What an answer means: the multiset of its calls. A vote counts these."""
     return frozenset(Counter(call_key(call, tools) for call in calls).items())
-
-
-def equal_values(a: object, b: object, schema: dict) -> bool:
-    """Whether two values mean the same: `equal_values("5", 5.0, {"type": "integer"}) -> True`."""
-    return value_key(a, schema) == value_key(b, schema)
-
-
-def equal_calls(a: Sequence[Call], b: Sequence[Call], tools: Sequence[dict]) -> bool:
-    """Whether two answers are the same calls, one to one and in any order."""
-    return calls_key(a, tools) == calls_key(b, tools)

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings, strategies as st
 import data
 import evaluate
 from data import Sample, call_text
-from data.calls import (MAX_CHARS, MAX_DEPTH, Call, Parsed, check_call, equal_calls, equal_values,
-                        parse_calls, required_arguments)
+from data.calls import (MAX_CHARS, MAX_DEPTH, Call, Parsed, calls_key, check_call, parse_calls,
+                        required_arguments, value_key)
 from evaluate import exact_match
 
 TOOLS = (
@@ -24,6 +24,14 @@ TOOLS = (
     {"name": "translate", "description": "", "parameters": {
         "text": {"type": "str"}, "to": {"type": "str", "default": "en"},
         "of": {"type": "str", "description": "[Optional] The source language."}}})
+
+
+def equal_values(a: object, b: object, schema: dict) -> bool:
+    return value_key(a, schema) == value_key(b, schema)
+
+
+def equal_calls(a: list[Call], b: list[Call], tools: tuple) -> bool:
+    return calls_key(a, tools) == calls_key(b, tools)
 
 
 def sample(*gold: Call) -> Sample:
