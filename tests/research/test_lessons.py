@@ -27,7 +27,7 @@ def sample(i) -> Sample:
 SAMPLES = [sample(i) for i in range(3)]
 CONFIG = LessonConfig(model="small", tau=1.0, max_new_tokens=6, epochs=2, lr=1e-2)
 LINE = train.Assessed(id="", request="", candidates={"f": 0.0}, margin=0.0, prompt_tokens=9,
-                      text="f()", ids=[], log_p=[], entropy=[])
+                      text='{"name": "f", "arguments": {}}', ids=[], log_p=[], entropy=[])
 FACTS = {"samples": "", "weights": "", "tokenizer": "t", "writer": "", "labels": ""}
 
 
