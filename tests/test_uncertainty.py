@@ -64,7 +64,8 @@ def plain_scores(model, tokenizer, prompt, names, begun=ANSWER_START) -> torch.T
     ('<tool_call>\n{"name": "get"}', ANSWER_START), ('{"name": "get"}', '{"name": "'),
     ('Sure:\n[{"tool" :"get", "name": "x"}]', 'Sure:\n[{"tool" :"'),
     ('[{"arguments": {"name": "Bob"}, "name": "get"}]', ANSWER_START),
-    ('get(user={"name": "Bob"})', ANSWER_START), ("get(name='x')", ANSWER_START), ("I cannot.", ANSWER_START), ("", ANSWER_START)])
+    ('get(user={"name": "Bob"})', ANSWER_START), ("get(name='x')", ANSWER_START),
+    ("I cannot.", ANSWER_START), ("", ANSWER_START)])
 def test_scores_begin_where_the_direct_answer_names_its_tool(text, start):
     """With tags, without, and behind the tag where an answer names none."""
     assert answer_start(text) == start
