@@ -20,8 +20,8 @@ from train import TINY, Agent, Config, Kept, Stage, choose, main, self_improve
 
 FORKS = multiprocessing.get_context("forkserver")       # its children have imported torch already
 FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "train"])
-OPTIONS = {"bench": "toolalpaca", "model": "tiny", "device": "cpu", "tau": 1.0, "pair": "joint",
-           "epochs": 1, "max_new_tokens": 16}
+OPTIONS = {"bench": "toolalpaca", "model": "tiny", "device": "cpu", "tau": 1.0, "epochs": 1,
+           "max_new_tokens": 16}
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def file(tmp_path_factory) -> str:
     """Three of the bundled samples, for which the model soon writes a pair."""
     items = json.loads((TINY.parent / "samples" / "toolalpaca.json").read_text())
     path = tmp_path_factory.mktemp("data") / "three.json"
-    path.write_text(json.dumps([items[i] for i in (8, 3, 2)]))
+    path.write_text(json.dumps([items[i] for i in (29, 6, 28)]))
     return str(path)
 
 
