@@ -1,7 +1,7 @@
 """The bundled model's world: endless small tool-call tasks, the bundled samples, the training.
 
     python -m research.tiny --samples       # writes data/samples/*.json again, the same bytes
-    python -m research.tiny                 # and trains data/tiny: 99 minutes on one busy core
+    python -m research.tiny                 # and trains data/tiny: 97 minutes on one busy core
     python -m research.tiny --out runs/tiny --steps 50                  # a quick try
 
 A task is put together from parts. A tool is a verb and a thing ("get", "hotel review") with a few
