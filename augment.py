@@ -40,6 +40,7 @@ MAX_REQUEST_TOKENS = 128
 MAX_CALL_TOKENS = 192
 RETRIES = 5     # further tries of a request to a server that is busy, broken or late
 # By declared type, how a value begins, which characters close it, and how it ends; else a string.
+# The blank before a number is the model's to write: its tokens may begin with one.
 VALUES = {"array": (" [", "]", "]"), "object": (" {", "}", "}"), "integer": ("", ",}\n", ""),
           "number": ("", ",}\n", ""), "boolean": ("", ",}\n", ""), "string": (' "', '"', '"')}
 
@@ -48,8 +49,8 @@ VALUES = {"array": (" [", "]", "]"), "object": (" {", "}", "}"), "integer": ("",
 class Prompt:
     """What a writer is shown. A server, which cannot fill in a form, sees how that begins."""
     messages: list[dict]
-    start: str = ""                     # how the assistant's turn begins
-    form: Form = Form(("",), ())        # what is written after it; without blanks it is free
+    start: str = ""                     # how the assistant's turn begins; it is not returned
+    form: Form = Form(("",), ())        # what follows, and is returned; without blanks it is free
 
 
 # (prompts, limit in tokens, temperature, top_p, each prompt's seeds) -> a text for each seed, which
@@ -160,8 +161,8 @@ class ServerWriter:
             time.sleep(wait)
             try:
                 text = client.chat_completion(**request).choices[0].message.content or ""
-                overlap = next(i for i in range(len(start) + 1) if text.startswith(start[i:]))
-                return first + text[len(start) - overlap:]
+                skipped = next(i for i in range(len(start) + 1) if text.startswith(start[i:]))
+                return first + text[len(start) - skipped:]
             except (HTTPError, OSError, ValueError, TypeError, LookupError, AttributeError) as err:
                 code = getattr(getattr(err, "response", None), "status_code", 0)
                 problem = f"HTTP {code}" if code else type(err).__name__
@@ -213,7 +214,8 @@ def check_text(text: str, sample: Sample) -> str:
 
 
 def stands_in(value: object, request: str) -> bool:
-    """Whether a request spells a value, each item of a list or object apart; "" it never does."""
+    """Whether a request spells a value, each item of a list or object apart. It never spells
+    "", null, a boolean or an empty list."""
     if isinstance(value, (list, dict)):
         items = list(value.values() if isinstance(value, dict) else value)
         return bool(items) and all(stands_in(item, request) for item in items)
@@ -224,7 +226,7 @@ def stands_in(value: object, request: str) -> bool:
 
 
 def in_form_of(text: str, calls: Sequence[Call]) -> str:
-    """Calls as a model writes them that wrote `text`: without the tags if it names a tool so."""
+    """Calls with tags, unless `text`, the model's own, names a tool without them."""
     # ours: training is to sharpen what the model calls, not how it writes. Tags that it never
     # writes cost the five steps: it learns neither them nor the call.
     tags = "<tool_call>" in answer_start(text)
@@ -245,8 +247,8 @@ def call_form(sample: Sample, line) -> Prompt:
     request, required = request_text(sample), required_arguments(tool)
     parts, closers = [f'{{"name": {quoted(name)}, "arguments": {{'], []
     for key, schema in tool["parameters"].items():
-        # ours: an optional argument is given where x speaks of it, else the pair would teach to
-        # leave it out; where x does not, the pair teaches just that.
+        # ours: an optional argument is given where the direct answer has it and x spells it: else
+        # the pair would teach to leave it out. Where x does not, the pair teaches just that.
         spoken = key in direct.arguments and stands_in(direct.arguments[key], request)
         if key in required or spoken:
             begin, closer, end = VALUES.get(kind_of(schema), VALUES["string"])
@@ -340,13 +342,15 @@ WAYS = {"call": write_call_first, "joint": write_joint}
 
 def synthesize(writer: Writer, samples: Sequence[Sample], h: dict, config,
                write: Callable | None = None) -> list[Found]:
-    """For each sample up to K pairs (x', y') and the tries that failed, at most TRIES a pair.
+    """For each sample up to K pairs (x', y') and the tries that failed, at most TRIES * K in all.
     h: the lines of H by id. write: gives the drafts of a try, in place of --pair's."""
     found = {sample.id: Found(sample.id) for sample in samples}
     write = write or WAYS[config.pair]
     for attempt in range(TRIES * config.k):
         todo = [x for x in samples if len(found[x.id].pairs) < config.k]
-        for draft in write(writer, todo, h, attempt, config) if todo else []:
+        if not todo:
+            break
+        for draft in write(writer, todo, h, attempt, config):
             own = found[draft.sample.id]
             own.texts += draft.written
             earlier = [value for pair in own.pairs for value in (pair.request, pair.text)]

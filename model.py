@@ -488,7 +488,7 @@ class Filling:
 
     def read(self, token: int) -> list[int]:
         """The tokens that follow where `token` was chosen: itself, or if it closes a blank what
-        stands before the closing character, and the next part."""
+        stands before the closing character, and the next part; the token's rest is dropped."""
         piece, (closers, part) = self.tokenizer.decode([token]), self.blanks[0]
         opener = {"]": "[", "}": "{"}.get(closers)
         for i, character in enumerate(piece):

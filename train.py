@@ -44,7 +44,7 @@ from uncertainty import PrefixCaches, answer_start, score_candidates, softmax_di
 
 TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
-BATCH_TOKENS = 1 << 15  # on a GPU: of the prompts of a batch
+BATCH_TOKENS = 1 << 15  # on a GPU: tokens of a batch's prompts
 RUN, HOW = "what to run", "how to run it"
 
 
@@ -133,7 +133,7 @@ class Assessed:
     ids: list[int]                      # its tokens, without the end token
     log_p: list[float]                  # of each token chosen, the end token included, nats
     entropy: list[float]                # of the distribution that each was chosen from, nats
-    seconds: float = 0.0                # of each line, filled in by Kept
+    seconds: float = 0.0                # the batch's time divided by its lines; by Kept
 
 
 def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Assessed]:
@@ -379,7 +379,8 @@ class Kept:
         return {x.id: lines[x.id] for x in samples if x.id in lines}
 
     def read(self, stage: Stage, name: str) -> dict:
-        """All lines that any process has kept, by sample; a torn one is skipped with a notice."""
+        """All lines that any process has kept, by sample; a torn one is skipped with a notice.
+        With --fresh the files are deleted, and there is none."""
         lines = {}
         files = [file for file in self.folder.glob("*.jsonl") if file.name.startswith(f"{name}.")]
         for file in sorted(files):

@@ -14,7 +14,7 @@ import torch
 from model import KVCache, Qwen2, Tokenizer, pad
 
 ANSWER_START = '<tool_call>\n{"name": "'        # how an answer begins, up to where candidates part
-# ... of an object, before its arguments; in `f(user={"name": ...})` that key is an argument's
+# The key must be the call's own: in `f(user={"name": ...})` it is an argument's.
 NAMED = re.compile(r'((?!"(?:arguments|parameters|args)")[^(])*?"(?:name|tool|function)"\s*:\s*"')
 
 
