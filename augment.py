@@ -146,9 +146,9 @@ class ServerWriter:
                                            f"Write what follows, and nothing else:\n{start}"}
             for draw in own:
                 seed = seeded(*draw).initial_seed() % 2 ** 31       # where the server heeds it
-                asked = dict(messages=[*before, last], model=self.model, seed=seed,
-                             temperature=temperature, top_p=top_p)
-                jobs.append((start, prompt.form.parts[0], asked))
+                body = dict(messages=[*before, last], model=self.model, seed=seed,
+                            temperature=temperature, top_p=top_p)
+                jobs.append((start, prompt.form.parts[0], body))
         with ThreadPool(8) as pool:
             texts = iter(list(pool.imap(lambda job: self.ask(client, *job), jobs)))
         return [[next(texts) for _ in own] for own in keys]
@@ -233,6 +233,19 @@ def in_form_of(text: str, calls: Sequence[Call]) -> str:
     return call_text(calls) if tags else "\n".join(map(call_json, calls))
 
 
+def asked(sample: Sample, text: str) -> list[dict]:
+    """The messages that show a sample's tools and ask for something to be written."""
+    return [system_message(sample.tools), {"role": "user", "content": text}]
+
+
+def write_each(writer: Writer, samples: Sequence[Sample], prompts: Sequence[Prompt], attempt: int,
+               config, limit: int = MAX_REQUEST_TOKENS + MAX_CALL_TOKENS) -> list[str]:
+    """One sampled text for each sample's prompt; what it draws depends on it and the attempt."""
+    keys = [[(config.seed, sample.id, "pair", attempt)] for sample in samples]
+    written = writer(prompts, limit, config.temperature, config.top_p, keys)
+    return [text for text, in written]
+
+
 # ----------------------------------------------------- --pair call: first y', then its request x'
 
 def call_form(sample: Sample, line) -> Prompt:
@@ -258,19 +271,15 @@ def call_form(sample: Sample, line) -> Prompt:
     parts[-1] += '}}\n"'
     form = Form((*parts, '"'), (*closers, '"'))
     start = PAIR_START.format(call=call_json(direct), request=quoted(request))
-    ask = {"role": "user", "content": ASK_PAIR}
-    return Prompt([system_message(sample.tools), ask], start, form)
+    return Prompt(asked(sample, ASK_PAIR), start, form)
 
 
 def write_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
                      config) -> list[Draft]:
     """A draft for each sample: a call of the likeliest tool, and the request that it answers."""
     prompts = [call_form(x, h[x.id]) for x in samples]
-    keys = [[(config.seed, x.id, "pair", attempt)] for x in samples]
-    written = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature,
-                     config.top_p, keys)
     drafts, unspoken = [], []
-    for sample, (text,) in zip(samples, written):
+    for sample, text in zip(samples, write_each(writer, samples, prompts, attempt, config)):
         call, _, request = text.partition("\n")
         new, direct = parse_calls(call).calls, parse_calls(h[sample.id].text).calls
         draft = Draft(sample, [text], "", in_form_of(h[sample.id].text, new))
@@ -303,8 +312,8 @@ def read_back(writer: Writer, drafts: Sequence[Draft], h: dict, config) -> None:
     prompts = []
     for draft, (call,) in zip(drafts, calls):
         begun = f'{answer_start(h[draft.sample.id].text)}{quoted(call.name)[1:]}, "arguments":'
-        asked = call_prompt(with_request(draft.sample, draft.request))
-        prompts.append(Prompt(asked, "", Form((begun,), ())))
+        messages = call_prompt(with_request(draft.sample, draft.request))
+        prompts.append(Prompt(messages, "", Form((begun,), ())))
     keys = [[(config.seed, draft.sample.id, "read back")] for draft in drafts]
     written = writer(prompts, MAX_CALL_TOKENS, 0.0, 1.0, keys)
     for draft, own, (text,) in zip(drafts, calls, written):
@@ -320,13 +329,10 @@ def read_back(writer: Writer, drafts: Sequence[Draft], h: dict, config) -> None:
 def write_joint(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
                 config) -> list[Draft]:
     """A draft for each sample: a request and the calls that answer it, in one text (paper)."""
-    prompts = [Prompt([system_message(x.tools), {"role": "user", "content": ASK_JOINT}],
-                      JOINT_START.format(request=request_text(x))) for x in samples]
-    keys = [[(config.seed, x.id, "pair", attempt)] for x in samples]
-    written = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature,
-                     config.top_p, keys)
+    prompts = [Prompt(asked(x, ASK_JOINT), JOINT_START.format(request=request_text(x)))
+               for x in samples]
     drafts = []
-    for sample, (text,) in zip(samples, written):
+    for sample, text in zip(samples, write_each(writer, samples, prompts, attempt, config)):
         line, _, rest = text.strip().partition("\n")
         request = line.strip().removesuffix('"').strip()
         reason = check_request(request, sample) or check_text(rest, sample)

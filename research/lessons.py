@@ -13,7 +13,7 @@ lines. The answer stands in research/RESULTS.md, "What to learn?".
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,18 +23,17 @@ import torch.nn.functional as F
 import augment
 import data
 import train
-from augment import (JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, WAYS, Draft, Found, Pair,
-                     Prompt, Writer, check_request, check_text, in_form_of, synthesize,
-                     write_call_first)
-from data import Sample, call_prompt, request_text, system_message, with_request
+from augment import (ASK_JOINT, JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, WAYS, Draft,
+                     Found, Pair, Prompt, Writer, asked, check_request, check_text, in_form_of,
+                     synthesize, write_call_first, write_each)
+from data import Sample, call_prompt, request_text, with_request
 from data.calls import Call, calls_key, parse_calls
 from lora import Params, adapters, new_params
 from model import seeded
 from research.stream import adapt_with, one_by_one
 from train import Adapted, Agent, Assessed, Kept, Lesson, Outcome, Stage, option
 
-ASK_REQUEST = ("Write two requests that a user may make of these tools. Both need the same tool, "
-               "but the second is about other names, places, numbers or dates, in other words.")
+ASK_REQUEST = ASK_JOINT.partition("\n\n")[0]       # the requests without the calls
 LABELS, AGREE = 5, 2    # sampled answers to a request; so many of them make a label
 KL_TOKENS = 256         # the last of a request, over which the KL is taken
 
@@ -64,37 +63,45 @@ class LessonConfig(train.Config):
 # ------------------------------------------------------------------------ --pair request and two
 
 def answers(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[list[str]]:
-    """For each draft, LABELS sampled answers to its request."""
+    """For each draft, LABELS sampled answers to its request, which are noted as written."""
+    if not drafts:
+        return []
     prompts = [Prompt(call_prompt(with_request(d.sample, d.request))) for d in drafts]
     keys = [[(config.seed, d.sample.id, "label", attempt, i) for i in range(LABELS)]
             for d in drafts]
-    return writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys)
+    texts = writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys)
+    for draft, own in zip(drafts, texts):
+        draft.written += own
+    return texts
+
+
+def meaning(text: str, sample: Sample) -> Hashable:
+    """Equal for texts that call the same."""
+    return calls_key(parse_calls(text).calls, sample.tools)
 
 
 def majority(texts: Sequence[str], sample: Sample) -> tuple[str, int]:
     """The first text that calls what most of them call, and how many do; ("", 0) of none."""
-    meanings = [calls_key(parse_calls(text).calls, sample.tools) for text in texts]
+    meanings = [meaning(text, sample) for text in texts]
     if not meanings:
         return "", 0
-    meaning, votes = Counter(meanings).most_common(1)[0]
-    return texts[meanings.index(meaning)], votes
+    most, votes = Counter(meanings).most_common(1)[0]
+    return texts[meanings.index(most)], votes
 
 
 def write_request_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
                         config) -> list[Draft]:
     """A draft for each sample: a new request, and what at least AGREE of LABELS answers to it call
     that fit the tools."""
-    prompts = [Prompt([system_message(x.tools), {"role": "user", "content": ASK_REQUEST}],
-                      JOINT_START.format(request=request_text(x))) for x in samples]
-    keys = [[(config.seed, x.id, "pair", attempt)] for x in samples]
-    written = writer(prompts, MAX_REQUEST_TOKENS, config.temperature, config.top_p, keys)
+    prompts = [Prompt(asked(x, ASK_REQUEST), JOINT_START.format(request=request_text(x)))
+               for x in samples]
     drafts = []
-    for sample, (text,) in zip(samples, written):
+    written = write_each(writer, samples, prompts, attempt, config, MAX_REQUEST_TOKENS)
+    for sample, text in zip(samples, written):
         request = text.strip().partition("\n")[0].strip().removesuffix('"').strip()
         drafts.append(Draft(sample, [text], request, "", check_request(request, sample)))
-    asked = [draft for draft in drafts if not draft.reason]
-    for draft, texts in zip(asked, answers(writer, asked, attempt, config) if asked else []):
-        draft.written += texts
+    sound = [draft for draft in drafts if not draft.reason]
+    for draft, texts in zip(sound, answers(writer, sound, attempt, config)):
         fitting = [text for text in texts if not check_text(text, draft.sample)]
         draft.text, votes = majority(fitting, draft.sample)
         draft.reason = "" if votes >= AGREE else f"fewer than {AGREE} fitting calls agree"
@@ -127,11 +134,10 @@ def consistent(write: Callable, writer: Writer, samples: Sequence[Sample], h: di
                config) -> list[Draft]:
     """Drafts of which those are kept that more than half of LABELS sampled answers agree with."""
     drafts = write(writer, samples, h, attempt, config)
-    asked = [draft for draft in drafts if not draft.reason]
-    for draft, texts in zip(asked, answers(writer, asked, attempt, config) if asked else []):
-        draft.written += texts
+    sound = [draft for draft in drafts if not draft.reason]
+    for draft, texts in zip(sound, answers(writer, sound, attempt, config)):
         most, votes = majority(texts, draft.sample)
-        same = majority([draft.text, most], draft.sample)[1] == 2
+        same = meaning(draft.text, draft.sample) == meaning(most, draft.sample)
         if votes <= LABELS // 2 or not same:
             draft.reason = "most answers to it call something else"
     return drafts

@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from augment import ASK_JOINT, ASK_PAIR, JOINT_START, PAIR_START, quoted
-from data import (ASK_CALL, SYSTEM, call_json, call_prompt, call_text, parse_sample, request_text,
-                  system_message)
+from augment import ASK_JOINT, ASK_PAIR, JOINT_START, PAIR_START, asked, quoted
+from data import (ASK_CALL, SYSTEM, call_json, call_prompt, call_text, parse_sample,
+                  request_text)
 from data.calls import required_arguments
 from model import ModelConfig, Qwen2, Tokenizer, pad
 from uncertainty import ANSWER_START
@@ -536,9 +536,9 @@ def example(r: Random, tokenizer: Tokenizer, stage: Stage, words: Wording) -> Ex
         calls = item["answers"][:1] if kind == "pair" else item["answers"]
         like = similar({**item, "answers": calls}, r, replace(words, vague=0.0, unsaid=UNSAID))
         new = parse_sample(like, "train", "research.tiny")
-        ask = {"role": "user", "content": ASK_PAIR if kind == "pair" else ASK_JOINT}
-        prompt, begun = tokenizer.chat([system_message(sample.tools), ask]), '{"name": "'
+        prompt = tokenizer.chat(asked(sample, ASK_PAIR if kind == "pair" else ASK_JOINT))
         if kind == "pair":
+            begun = '{"name": "'
             seed = {"call": call_json(sample.answers[0]), "request": quoted(request_text(sample))}
             prompt += tokenizer.encode(PAIR_START.format(**seed) + begun)
             new_call = call_json(new.answers[0]).removeprefix(begun)
