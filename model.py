@@ -461,16 +461,6 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float,
     return ids.gather(1, place)[:, 0].tolist()
 
 
-@dataclass
-class Decoded:
-    """What was written for one prompt. log_p and entropy (nats) are of each token chosen, the end
-    token included; of sampled tokens nobody reads them, and they stay empty."""
-    ids: list[int] = field(default_factory=list)        # without the end token
-    log_p: list[float] = field(default_factory=list)
-    entropy: list[float] = field(default_factory=list)
-    ended: bool = False
-
-
 @dataclass(frozen=True)
 class Form:
     """A text with blanks: `parts` stand around them, and a blank's text goes on up to one of its
@@ -505,26 +495,26 @@ class Filling:
         return [token]
 
 
-def write_down(rows: Sequence[Decoded], tokens: Sequence[int], logits: torch.Tensor,
-               eos: frozenset[int], limit: int, greedy: bool,
-               forms: Sequence[Filling | None]) -> list[list[int]]:
-    """Add to each row that has not ended its token, chosen from its logits (B, V), and what its
-    form puts in place of that; gives what each row reads next."""
-    pending = []
-    if greedy:
-        log_p = logits.log_softmax(-1)
-        best, entropy = log_p.amax(-1).tolist(), torch.special.entr(log_p.exp()).sum(-1).tolist()
-    for i, (row, token, form) in enumerate(zip(rows, tokens, forms)):
+@dataclass
+class Decoded:
+    """What was written for one prompt. log_p and entropy (nats) are of each token chosen, the end
+    token included; of sampled tokens nobody reads them, and they stay empty."""
+    form: Filling | None = None
+    ids: list[int] = field(default_factory=list)        # without the end token
+    log_p: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    ended: bool = False
+
+    def write(self, token: int, eos: frozenset[int], limit: int) -> list[int]:
+        """Add a chosen token, or what the form puts in its place; gives what is read next, which
+        is a hole once the text has ended."""
         new = []
-        if greedy and not row.ended:
-            row.log_p.append(best[i])
-            row.entropy.append(entropy[i])
-        if not row.ended and token not in eos:
-            new = form.read(token) if form else [token]
-        row.ids += new
-        row.ended = not new or len(row.ids) >= limit or bool(form and not form.blanks)
-        pending.append(new or [PAD])
-    return pending
+        if not self.ended and token not in eos:
+            new = self.form.read(token) if self.form else [token]
+        self.ids += new
+        filled = self.form is not None and not self.form.blanks
+        self.ended = not new or len(self.ids) >= limit or filled
+        return new or [PAD]
 
 
 DRAFT, NGRAM = 6, 3     # tokens that a draft has at most, and that must agree for it
@@ -559,8 +549,8 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int]
     if cache.length and len(cache.ids) < len(prompts):
         cache = cache.fork(len(prompts))
     context = [*(cache.ids[0].tolist() if cache.length else []), *prompts[0]]
-    rows, pending, draft = [Decoded() for _ in prompts], prompts, []
-    forms = forms or [None] * len(prompts)
+    rows = [Decoded(form) for form in forms or [None] * len(prompts)]
+    pending, draft = prompts, []
     while True:
         start, old = cache.length, pending
         hidden = model(pad([[*new, *draft] for new in old], model.device), cache)
@@ -568,7 +558,14 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int]
         logits = model.logits(hidden[torch.arange(len(rows))[:, None], ends])   # (B, draft + 1, V)
         for read, step in enumerate(logits.unbind(1)):      # step follows `read` of the draft
             tokens = choose(step, temperature, top_p, generators)
-            pending = write_down(rows, tokens, step, eos, max_new_tokens, temperature == 0, forms)
+            if temperature == 0:
+                log_p = step.log_softmax(-1)
+                entropy = torch.special.entr(log_p.exp()).sum(-1)
+                for row, best, spread in zip(rows, log_p.amax(-1).tolist(), entropy.tolist()):
+                    if not row.ended:
+                        row.log_p.append(best)
+                        row.entropy.append(spread)
+            pending = [row.write(t, eos, max_new_tokens) for row, t in zip(rows, tokens)]
             if all(row.ended for row in rows):
                 return rows
             context += pending[0]
