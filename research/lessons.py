@@ -26,7 +26,7 @@ from data.calls import calls_key, parse_calls
 from lora import Params, adapters
 from model import seeded
 from research import stream
-from research.stream import Looked, adapt_and_look
+from research.stream import Looked, adapt_with
 from train import Adapted, Agent, Kept, Outcome, option
 
 ASK_REQUEST = ASK_JOINT.partition("\n\n")[0]       # the requests without the calls
@@ -157,7 +157,7 @@ def stages(config: LessonConfig) -> tuple[train.Stage, train.Stage]:
     if config.lesson == "gold" or config.filter != "schema" or config.pair in ("request", "two"):
         g = replace(g, reads=(*g.reads, "filter", "labels"), code=(augment, this))
     if config.lesson != "self" or config.measure_kl:
-        t = replace(t, line=Looked, reads=(*t.reads, "seed", "lesson", "measure_kl"),
+        t = replace(t, line=Looked, reads=(*t.reads, "lesson", "measure_kl"),
                     code=(*t.code, this, stream))
     return g, replace(t, after=g)
 
@@ -174,8 +174,8 @@ def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept:
         about = {x.id: another(x, everyone, config.seed) for x in unsure}
     if config.lesson == "gold":
         gold = {x.id: x.answers for x in everyone}
-        def pair(x): return Pair(request_text(x), in_form_of(h[x.id].text, gold[x.id]))
-        g = kept(g_stage, unsure, lambda xs: [Found(x.id, [pair(x)]) for x in xs])
+        def own(x): return Pair(request_text(x), in_form_of(h[x.id].text, gold[x.id]))
+        g = kept(g_stage, unsure, lambda xs: [Found(x.id, [own(x)]) for x in xs])
         lessons = {x.id: [(call_prompt(x), pair.text) for pair in g[x.id].pairs] for x in unsure}
     else:
         subjects = list({y.id: y for y in about.values()}.values())     # two may draw the same
@@ -186,9 +186,9 @@ def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept:
 
     def learn(xs: list[Sample]) -> list[Adapted]:
         def look(x, params): return {"kl": divergence(agent, x, params, config)}
-        if config.measure_kl:
-            return adapt_and_look(agent, xs, lessons, config, look)
-        return train.adapt(agent, xs, [lessons[x.id] for x in xs], config)
+        if not config.measure_kl:
+            return train.adapt(agent, xs, [lessons[x.id] for x in xs], config)
+        return [adapt_with(agent, x, lessons[x.id], config, look=look) for x in xs]
     t = kept(t_stage, [x for x in unsure if lessons[x.id]], learn)
     extra = {id: line.seen for id, line in t.items() if config.measure_kl}
     return [Outcome(h[x.id], g.get(x.id), t.get(x.id), extra.get(x.id, {})) for x in samples]

@@ -23,12 +23,12 @@ import train
 from augment import LocalWriter, Prompt, Writer, check_text, synthesize
 from data import Sample, call_prompt, call_text, request_text, with_request
 from evaluate import Record, exact_match
-from lora import Params, adapters, new_params
+from lora import Params, adapters
 from model import seeded
 from research import stream
 from research.lessons import majority
-from research.stream import Looked, adapt_and_look, adapt_with, answer_with, answered
-from train import Adapted, Agent, Assessed, Kept, Outcome, Stage, option
+from research.stream import Looked, adapt_with, answer_with, answered, fresh
+from train import Adapted, Agent, Kept, Outcome, Stage, option
 from uncertainty import PrefixCaches
 
 RIVAL = "the rival"
@@ -59,8 +59,7 @@ class RivalConfig(train.Config):
 Samples = Sequence[Sample]
 
 
-def direct(agent: Agent, samples: Samples, config: RivalConfig,
-           kept: Kept) -> tuple[dict[str, Assessed], list[Sample]]:
+def direct(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> tuple[dict, list]:
     """H, which every rival begins with, and who is uncertain."""
     h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
     return h, [x for x in samples if h[x.id].margin < config.tau]
@@ -108,8 +107,7 @@ def vote(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> lis
 
 
 def retry(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
-    """The first sampled answer that passes the check which a pair must pass, where the direct one
-    does not."""
+    """The first sampled answer that fits the tools, where the direct one does not."""
     h, _ = direct(agent, samples, config, kept)
     misfits, t = [x for x in samples if check_text(h[x.id].text, x)], {}
     s = sampled(agent, misfits, config, kept)
@@ -119,7 +117,7 @@ def retry(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> li
     return outcomes(samples, h, {}, t, s)
 
 
-def draw_adapted(agent: Agent, sample: Sample, params: Params, config: RivalConfig) -> dict:
+def draw_adapted(agent: Agent, config: RivalConfig, sample: Sample, params: Params) -> dict:
     """A sample's sampled answers by the model with an adapter, and the seconds."""
     # what an adapter reads is not for theta_0; with suffix, theta_0 has read the tools for it
     prefixes = agent.prefixes if config.adapt == "suffix" else PrefixCaches(agent.model)
@@ -130,7 +128,7 @@ def draw_adapted(agent: Agent, sample: Sample, params: Params, config: RivalConf
 
 
 VOTED = replace(train.T, line=Looked, reads=(*train.T.reads, *SAMPLED.reads),
-                code=(*train.T.code, adapt_with, adapt_and_look, draw, draw_adapted))
+                code=(*train.T.code, adapt_with, draw, draw_adapted))
 
 
 def then_vote(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
@@ -140,8 +138,9 @@ def then_vote(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -
     g = kept(train.G, unsure, lambda xs: synthesize(agent.writer, xs, h, config))
     able = [x for x in unsure if g[x.id].pairs]
     lessons = {x.id: train.lessons_of(x, g[x.id]) for x in able}
-    t = kept(VOTED, able, lambda xs: adapt_and_look(
-        agent, xs, lessons, config, lambda x, params: draw_adapted(agent, x, params, config)))
+    look = partial(draw_adapted, agent, config)
+    t = kept(VOTED, able, lambda xs: [adapt_with(agent, x, lessons[x.id], config, look=look)
+                                      for x in xs])
     s = {id: Sampled(**line.seen) for id, line in t.items() if line.seen}
     t |= {id: replace(t[id], seconds=t[id].seconds - s[id].seconds) for id in s}
     s |= sampled(agent, [x for x in samples if x.id not in s], config, kept)
@@ -211,7 +210,7 @@ def supervised(agent: Agent, split: Samples, config: RivalConfig) -> Params:
     for epoch in range(config.epochs):
         order = torch.randperm(len(split), generator=seeded(config.seed, "sft", epoch))
         steps += order.split(config.train_batch)
-    params = new_params(agent.model, config.rank, [seeded(config.seed, "sft", "lora")])
+    params = fresh(agent, "sft", config)
     agent.model.checkpointing = config.checkpointing
     with adapters(agent.model, params, config.alpha) as tensors:
         optimizer = torch.optim.AdamW(tensors, weight_decay=0.0)

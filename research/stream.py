@@ -51,9 +51,22 @@ def answer_with(agent: Agent, samples: Sequence[Sample], params: Params, config:
             for x, answer in zip(samples, answers)]
 
 
-def adapt_with(agent: Agent, sample: Sample, lessons: Sequence[Lesson], params: Params,
-               config: train.Config) -> Adapted:
-    """The line of T of one sample; `params`, a batch of one adapter, learns the lessons."""
+def fresh(agent: Agent, name: str, config: train.Config) -> Params:
+    """A batch of one adapter that has learnt nothing."""
+    return new_params(agent.model, config.rank, [seeded(config.seed, name, "lora")])
+
+
+@dataclass
+class Looked(Adapted):
+    """A line of T with what was seen of the adapter before the reset; {} if it is not finite."""
+    seen: dict = field(default_factory=dict)
+
+
+def adapt_with(agent: Agent, sample: Sample, lessons: Sequence[Lesson], config: train.Config,
+               params: Params | None = None, look: Callable | None = None) -> Looked:
+    """The line of T of one sample; `params`, or a fresh adapter, learns the lessons. look: gives
+    what is seen of (sample, params) afterwards."""
+    params = params or fresh(agent, sample.id, config)
     prompts, _ = begin(agent, [messages for messages, _ in lessons], config)
     _, tools = begin(agent, [lessons[0][0]], config)
     texts = [[*agent.tokenizer.encode(text), agent.tokenizer.im_end] for _, text in lessons]
@@ -64,24 +77,7 @@ def adapt_with(agent: Agent, sample: Sample, lessons: Sequence[Lesson], params: 
     line.losses, line.norms = [list(takewhile(math.isfinite, values)) for values in (loss, norm)]
     line.finite = all(map(math.isfinite, loss + norm))
     line.trained_tokens = config.epochs * sum(map(len, prompts + texts))
-    return line
-
-
-@dataclass
-class Looked(Adapted):
-    """A line of T with what was seen of the adapter before the reset; {} if it is not finite."""
-    seen: dict = field(default_factory=dict)
-
-
-def adapt_and_look(agent: Agent, samples: Sequence[Sample], lessons: dict[str, Sequence[Lesson]],
-                   config: train.Config, look: Callable[[Sample, Params], dict]) -> list[Looked]:
-    """T for each sample, and a look at its adapter."""
-    lines = []
-    for x in samples:
-        params = new_params(agent.model, config.rank, [seeded(config.seed, x.id, "lora")])
-        line = adapt_with(agent, x, lessons[x.id], params, config)
-        lines.append(Looked(**vars(line), seen=look(x, params) if line.finite else {}))
-    return lines
+    return Looked(**vars(line), seen=look(sample, params) if look and line.finite else {})
 
 
 def run_and_change(agent: Agent, samples: Sequence[Sample], config: train.Config, kept: Kept,
@@ -113,9 +109,8 @@ def improve(agent: Agent, samples: Sequence[Sample], config: StreamConfig, kept:
         found, line, start = g.get(x.id), None, time.perf_counter()
         if found and found.pairs:
             name = "stream" if config.reset == "never" else x.id
-            fresh = new_params(agent.model, config.rank, [seeded(config.seed, name, "lora")])
-            params = copy_of(stream) or fresh
-            line = adapt_with(agent, x, lessons_of(x, found), params, config)
+            params = copy_of(stream) or fresh(agent, name, config)
+            line = adapt_with(agent, x, lessons_of(x, found), config, params)
             if line.finite and config.reset == "never":
                 stream.update(params)
         elif stream:

@@ -9,7 +9,7 @@ from small import (MISFIT, NONSENSE, ONE, OPTIONS, OTHER, SAMPLES, agent, assess
 
 import data
 import train
-from augment import LocalWriter, Pair
+from augment import Pair
 from data import call_prompt, call_text, with_request
 from data.calls import Call
 from evaluate import exact_match, read_run
@@ -21,7 +21,8 @@ from research.stream import adapt_with, answer_with
 from train import Kept
 
 CONFIG = RivalConfig(**OPTIONS, then_vote=True, draws=2)
-DRAWN = [OTHER, MISFIT, NONSENSE, ONE, MISFIT]
+SURE, UNSURE, MIXED = [[(ONE, u) for u in us] for us in ([1.0] * 3, [0.0] * 3, [0.94, 0.95, 1.0])]
+DRAWN, SAME = [OTHER, MISFIT, NONSENSE, ONE, MISFIT], call_text((Call("f", {"x": "1"}),))
 
 
 def improve(agent, rival, h, s=None, g=(), **options):
@@ -46,9 +47,9 @@ def greedy(agent, chat) -> str:
 
 
 @pytest.mark.parametrize("rival, h, s, expected", [
-    (rivals.vote, [(ONE, 0.94), (ONE, 0.95), (ONE, 1.0)], [DRAWN] * 3, [MISFIT, None, None]),
-    (rivals.vote, [(ONE, 0.0)] * 3, [[OTHER, call_text((Call("f", {"x": "1"}),)), NONSENSE, ONE],
-     [OTHER, ONE], [ONE, OTHER]], [call_text((Call("f", {"x": "1"}),)), OTHER, ONE]),
+    (rivals.vote, MIXED, [DRAWN] * 3, [MISFIT, None, None]),        # tau is 0.95
+    (rivals.vote, UNSURE, [[OTHER, SAME, NONSENSE, ONE], [OTHER, ONE], [ONE, OTHER]],
+     [SAME, OTHER, ONE]),                                           # the first among equals
     (rivals.retry, [(NONSENSE, 1.0), (ONE, 0.0), (MISFIT, 0.0)],            # however sure
      [DRAWN, [], [NONSENSE, "k()"]], [OTHER, None, MISFIT])])       # none fits: the direct answer
 def test_vote_takes_what_most_call_and_retry_the_first_that_fits(rival, h, s, expected, agent):
@@ -83,18 +84,11 @@ def test_tticl_shows_the_pairs_before_the_request_and_trains_nothing(agent):
     assert empty.t is None and sure.g is None
 
 
-def heard(agent) -> list[str]:
-    """The texts that the tokenizer encodes from now on."""
-    read, encode = [], agent.tokenizer.encode
-    agent.tokenizer.encode = lambda text: read.append(text) or encode(text)
-    return read
-
-
 def test_icl_shows_k_labelled_examples_drawn_for_each_sample_and_asks_of_all(agent):
     split = [replace(SAMPLES[0], answers=(Call("f", {"x": i}),)) for i in range(5)]
-    read, icl = heard(agent), partial(rivals.icl, split=split)
-    assert None not in texts(improve(agent, icl, [(ONE, 1.0)] * 3, k=2))
-    labels = [call_text(x.answers) for x in split]
+    labels, read, encode = [call_text(x.answers) for x in split], [], agent.tokenizer.encode
+    agent.tokenizer.encode = lambda text: read.append(text) or encode(text)
+    assert None not in texts(improve(agent, partial(rivals.icl, split=split), SURE, k=2))
     shown = [label for text in read for label in labels if label in text]
     assert len(shown) == 3 * 2 and not shown[:2] == shown[2:4] == shown[4:]
     assert all(shown[i] != shown[i + 1] for i in (0, 2, 4))
@@ -112,19 +106,9 @@ def test_then_vote_samples_each_samples_own_model(agent, adapt):
 
 
 def test_after_the_base_method_every_sampled_answer_is_the_base_models(agent):
-    h, s = [(ONE, 0.0)] * 3, [[ONE], [OTHER], []]
-    outcomes = improve(agent, rivals.then_vote, h, s, method="base")
+    s = [[ONE], [OTHER], []]
+    outcomes = improve(agent, rivals.then_vote, UNSURE, s, method="base")
     assert texts(outcomes) == [None] * 3 and [o.extra["sampled"]["texts"] for o in outcomes] == s
-
-
-@pytest.mark.parametrize("name", ["vote", "retry", "again", "tticl", "icl", "then_vote"])
-def test_a_label_is_in_nothing_that_a_rival_reads(agent, name):
-    read, writer = heard(agent), LocalWriter(agent.model, agent.tokenizer, agent.prefixes)
-    labelled, split = [replace(SAMPLES[0], answers=(Call("canary", {}),))], [SAMPLES[1:]]
-    more = split if name == "icl" else []
-    getattr(rivals, name)(replace(agent, writer=writer), labelled, CONFIG,
-                          made(G=found([Pair("a", "b")])), *more)
-    assert read and not any("canary" in text for text in read)
 
 
 def test_a_run_holds_verdicts_on_what_was_sampled(flags, tmp_path):
@@ -147,7 +131,7 @@ def test_sft_trains_as_the_core_does(agent):
     x = replace(SAMPLES[0], answers=(Call("f", {"x": 1}),))
     params = rivals.supervised(agent, [x], CONFIG)
     plain = new_params(agent.model, CONFIG.rank, [seeded(0, "sft", "lora")])
-    adapt_with(agent, x, [(call_prompt(x), call_text(x.answers))], plain, CONFIG)
+    adapt_with(agent, x, [(call_prompt(x), call_text(x.answers))], CONFIG, plain)
     for name, pair in plain.items():
         torch.testing.assert_close(params[name], pair, rtol=0, atol=1e-4)
     with pytest.raises(RuntimeError, match="non-finite"):
