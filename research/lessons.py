@@ -3,17 +3,13 @@
     python -m research.lessons --lesson unrelated --bench toolalpaca
     python -m research.lessons --filter consistent --measure-kl --k 4 --bench toolalpaca
 
---lesson self: pairs written for the sample (the paper's). unrelated: those written for another
-sample, drawn by the seed. gold: the sample's own request and its gold calls, which uses labels: an
-upper bound. --pair request: the request first, then its call by vote; two: call first, for the two
-likeliest tools in turn. --filter says which written pairs are kept. --measure-kl records how far an
-adapter moves the model, as KL(adapted || base). What is like train.py is kept with train.py's
-lines. The answer stands in research/RESULTS.md, "What to learn?".
+--lesson gold, the sample's own request and its gold calls, uses labels: an upper bound. What is
+like train.py is kept with train.py's lines. The answer stands in research/RESULTS.md, "What to
+learn?".
 """
 import hashlib
 import sys
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,17 +17,17 @@ import torch
 import torch.nn.functional as F
 
 import augment
-import data
 import train
 from augment import (ASK_JOINT, JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, WAYS, Draft,
                      Found, Pair, Prompt, Writer, asked, check_request, check_text, in_form_of,
                      synthesize, write_call_first, write_each)
 from data import Sample, call_prompt, request_text, with_request
-from data.calls import Call, calls_key, parse_calls
-from lora import Params, adapters, new_params
+from data.calls import calls_key, parse_calls
+from lora import Params, adapters
 from model import seeded
-from research.stream import adapt_with, one_by_one
-from train import Adapted, Agent, Assessed, Kept, Lesson, Outcome, Stage, option
+from research import stream
+from research.stream import Looked, adapt_with
+from train import Adapted, Agent, Kept, Outcome, option
 
 ASK_REQUEST = ASK_JOINT.partition("\n\n")[0]       # the requests without the calls
 LABELS, AGREE = 5, 2    # sampled answers to a request; so many of them make a label
@@ -40,7 +36,7 @@ KL_TOKENS = 256         # the last of a request, over which the KL is taken
 
 @dataclass(frozen=True)
 class LessonConfig(train.Config):
-    """train.py's options, and those of the lessons."""
+    method: str = option("ttsi", train.RUN, "who writes the pairs", "ttsi", "ttd")
     lesson: str = option("self", "G", "whose pairs are learnt: the sample's own; unrelated: "
                          "another sample's; gold: its own request and gold calls (uses labels)",
                          "self", "unrelated", "gold")
@@ -50,17 +46,11 @@ class LessonConfig(train.Config):
     filter: str = option("schema", "G", "a written pair is kept if: none: there is any answer; "
                          "schema (train.py's checks); consistent: more than half of sampled "
                          "answers agree with it, too", "none", "schema", "consistent")
-    measure_kl: bool = option(False, "T", "record KL(adapted || base), for two passes more")
+    measure_kl: bool = option(False, "T", "record how far an adapter moves the model")
     uses_labels: bool = option(False, "G", "set by the program where a run reads labels")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.method == "base" or self.method == "ttd" and self.lesson == "gold":
-            raise ValueError(f"--method {self.method}: it does not go with --lesson {self.lesson}; "
-                             "use ttsi")
 
-
-# ------------------------------------------------------------------------ --pair request and two
+# ---------------------------------------------------------- how pairs are written, which are kept
 
 def answers(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[list[str]]:
     """For each draft, LABELS sampled answers to its request, which are noted as written."""
@@ -80,13 +70,12 @@ def meaning(text: str, sample: Sample) -> Hashable:
     return calls_key(parse_calls(text).calls, sample.tools)
 
 
-def majority(texts: Sequence[str], sample: Sample) -> tuple[str, int]:
-    """The first text that calls what most of them call, and how many do; ("", 0) of none."""
-    meanings = [meaning(text, sample) for text in texts]
-    if not meanings:
-        return "", 0
-    most, votes = Counter(meanings).most_common(1)[0]
-    return texts[meanings.index(most)], votes
+def majority(texts: Sequence[str], sample: Sample) -> list[str]:
+    """Of these texts those that call what most of them call."""
+    alike = {}
+    for text in texts:
+        alike.setdefault(meaning(text, sample), []).append(text)
+    return max(alike.values(), key=len, default=[])
 
 
 def write_request_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
@@ -103,8 +92,10 @@ def write_request_first(writer: Writer, samples: Sequence[Sample], h: dict, atte
     sound = [draft for draft in drafts if not draft.reason]
     for draft, texts in zip(sound, answers(writer, sound, attempt, config)):
         fitting = [text for text in texts if not check_text(text, draft.sample)]
-        draft.text, votes = majority(fitting, draft.sample)
-        draft.reason = "" if votes >= AGREE else f"fewer than {AGREE} fitting calls agree"
+        agreeing = majority(fitting, draft.sample)
+        draft.text = agreeing[0] if agreeing else ""
+        if len(agreeing) < AGREE:
+            draft.reason = f"fewer than {AGREE} fitting calls agree"
     return drafts
 
 
@@ -119,59 +110,30 @@ def write_of_two(writer: Writer, samples: Sequence[Sample], h: dict, attempt: in
     return write_call_first(writer, samples, turned, attempt, config)
 
 
-# --------------------------------------------------------------------------------------- --filter
-
-def unfiltered(write: Callable, *args) -> list[Draft]:
-    """Drafts of which all are kept that have a request and an answer."""
-    drafts = write(*args)
-    for draft in drafts:
-        if draft.request and draft.text:
-            draft.reason = ""
+def write(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int, config) -> list[Draft]:
+    """Drafts as --pair says; those that --filter keeps have no reason against them."""
+    ways = {**WAYS, "request": write_request_first, "two": write_of_two}
+    drafts = ways[config.pair](writer, samples, h, attempt, config)
+    if config.filter == "none":
+        for draft in drafts:
+            if draft.request and draft.text:
+                draft.reason = ""
+    if config.filter == "consistent":
+        sound = [draft for draft in drafts if not draft.reason]
+        for draft, texts in zip(sound, answers(writer, sound, attempt, config)):
+            meanings = [meaning(text, draft.sample) for text in texts]
+            if meanings.count(meaning(draft.text, draft.sample)) <= LABELS // 2:
+                draft.reason = "most answers to it call something else"
     return drafts
 
 
-def consistent(write: Callable, writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
-               config) -> list[Draft]:
-    """Drafts of which those are kept that more than half of LABELS sampled answers agree with."""
-    drafts = write(writer, samples, h, attempt, config)
-    sound = [draft for draft in drafts if not draft.reason]
-    for draft, texts in zip(sound, answers(writer, sound, attempt, config)):
-        most, votes = majority(texts, draft.sample)
-        same = meaning(draft.text, draft.sample) == meaning(most, draft.sample)
-        if votes <= LABELS // 2 or not same:
-            draft.reason = "most answers to it call something else"
-    return drafts
-
-
-FILTERS = {"none": unfiltered, "schema": None, "consistent": consistent}
-
-
-def way_of(config: LessonConfig) -> Callable:
-    """What gives the drafts of a try."""
-    write = {**WAYS, "request": write_request_first, "two": write_of_two}[config.pair]
-    return partial(FILTERS[config.filter], write) if FILTERS[config.filter] else write
-
-
-# -------------------------------------------------------------------- --lesson: unrelated and gold
+# ------------------------------------------------------------------------------------ the program
 
 def another(sample: Sample, everyone: Sequence[Sample], seed: int) -> Sample:
     """One of the other samples of the benchmark."""
     others = [other for other in everyone if other.id != sample.id]
     draw = torch.randint(len(others), (), generator=seeded(seed, sample.id, "unrelated"))
     return others[int(draw)]
-
-
-def gold_pair(sample: Sample, line: Assessed, calls: Sequence[Call]) -> Found:
-    """The sample's own request with its gold calls, as a line of G."""
-    return Found(sample.id, [Pair(request_text(sample), in_form_of(line.text, calls))])
-
-
-# -------------------------------------------------------------------------------- --measure-kl
-
-@dataclass
-class Measured(Adapted):
-    """A line of T with what the adapter has changed."""
-    kl: float = 0.0                     # KL(adapted || base), nats a token of the request
 
 
 @torch.no_grad()
@@ -189,38 +151,21 @@ def divergence(agent: Agent, sample: Sample, params: Params, config: train.Confi
     return F.kl_div(base, adapted, log_target=True, reduction="batchmean").item()
 
 
-def adapt_and_measure(agent: Agent, sample: Sample, lessons: Sequence[Lesson],
-                      config: train.Config) -> Measured:
-    """T for one sample, with the divergence."""
-    params = new_params(agent.model, config.rank, [seeded(config.seed, sample.id, "lora")])
-    line = adapt_with(agent, sample, lessons, params, config)
-    kl = divergence(agent, sample, params, config) if line.finite else 0.0
-    return Measured(**vars(line), kl=kl)
-
-
-# ------------------------------------------------------------------------------------ the program
-
-GOLD = Stage("G", Found, ("labels",), (in_form_of, gold_pair), train.H)
-
-
-def stages(config: LessonConfig) -> tuple[Stage, Stage]:
+def stages(config: LessonConfig) -> tuple[train.Stage, train.Stage]:
     """G and T of this configuration: the core's own where it does what the core does."""
-    g, t = train.G, train.T
-    if config.lesson == "gold":
-        g = GOLD
-    elif config.filter != "schema" or config.pair in ("request", "two"):
-        g = replace(g, reads=(*g.reads, "filter"), code=(augment, sys.modules[__name__]))
-    if config.lesson != "self":
-        t = replace(t, reads=(*t.reads, "seed"), code=(*t.code, another))
-    if config.measure_kl:
-        t = replace(t, line=Measured, code=(*t.code, adapt_with, divergence, adapt_and_measure))
+    g, t, this = train.G, train.T, sys.modules[__name__]
+    if config.lesson == "gold" or config.filter != "schema" or config.pair in ("request", "two"):
+        g = replace(g, reads=(*g.reads, "filter", "labels"), code=(augment, this))
+    if config.lesson != "self" or config.measure_kl:
+        t = replace(t, line=Looked, reads=(*t.reads, "lesson", "measure_kl"),
+                    code=(*t.code, this, stream))
     return g, replace(t, after=g)
 
 
 def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept: Kept,
-            everyone: Sequence[Sample], gold: dict[str, Sequence[Call]]) -> list[Outcome]:
-    """Algorithm 1 with other lessons. everyone: all samples of the benchmark, without labels. gold:
-    the labels by id, of --lesson gold alone."""
+            everyone: Sequence[Sample]) -> list[Outcome]:
+    """Algorithm 1 with other lessons. everyone: all samples of the benchmark, with labels for
+    --lesson gold alone."""
     g_stage, t_stage = stages(config)
     h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
     unsure = [x for x in samples if h[x.id].margin < config.tau]
@@ -228,47 +173,38 @@ def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept:
     if config.lesson == "unrelated":
         about = {x.id: another(x, everyone, config.seed) for x in unsure}
     if config.lesson == "gold":
-        g = kept(g_stage, unsure, lambda xs: [gold_pair(x, h[x.id], gold[x.id]) for x in xs])
-        lessons = {x.id: [(call_prompt(x), p.text) for p in g[x.id].pairs] for x in unsure}
+        gold = {x.id: x.answers for x in everyone}
+        def own(x): return Pair(request_text(x), in_form_of(h[x.id].text, gold[x.id]))
+        g = kept(g_stage, unsure, lambda xs: [Found(x.id, [own(x)]) for x in xs])
+        lessons = {x.id: [(call_prompt(x), pair.text) for pair in g[x.id].pairs] for x in unsure}
     else:
         subjects = list({y.id: y for y in about.values()}.values())     # two may draw the same
         h |= kept(train.H, subjects, lambda xs: train.assess(agent, xs, config))
-        written = kept(g_stage, subjects,
-                       lambda xs: synthesize(agent.writer, xs, h, config, way_of(config)))
-        g = {x.id: written[about[x.id].id] for x in unsure}
+        found = kept(g_stage, subjects, lambda xs: synthesize(agent.writer, xs, h, config, write))
+        g = {x.id: found[about[x.id].id] for x in unsure}
         lessons = {x.id: train.lessons_of(about[x.id], g[x.id]) for x in unsure}
 
     def learn(xs: list[Sample]) -> list[Adapted]:
-        if config.measure_kl:
-            return one_by_one(xs, lambda x: adapt_and_measure(agent, x, lessons[x.id], config))
-        return train.adapt(agent, xs, [lessons[x.id] for x in xs], config)
+        def look(x, params): return {"kl": divergence(agent, x, params, config)}
+        if not config.measure_kl:
+            return train.adapt(agent, xs, [lessons[x.id] for x in xs], config)
+        return [adapt_with(agent, x, lessons[x.id], config, look=look) for x in xs]
     t = kept(t_stage, [x for x in unsure if lessons[x.id]], learn)
-    extra = {x.id: {"kl": t[x.id].kl} for x in unsure
-             if config.measure_kl and x.id in t and t[x.id].finite}
+    extra = {id: line.seen for id, line in t.items() if config.measure_kl}
     return [Outcome(h[x.id], g.get(x.id), t.get(x.id), extra.get(x.id, {})) for x in samples]
-
-
-def benchmark(config: train.Config) -> list[Sample]:
-    """All samples of the benchmark, those beyond --limit too."""
-    bundled = config.data == "bundled"
-    return data.load(config.bench, "" if bundled else config.data, config.offline, bundled)
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; gives its exit code."""
     config = train.choose(train.parse_args(argv, LessonConfig, __doc__))
     config = replace(config, uses_labels=config.lesson == "gold")
-    agent, samples = train.set_up(config)
-    labelled, gold = benchmark(config), {}
-    everyone = [sample.without_answers() for sample in labelled]
-    if config.lesson == "unrelated" and len(everyone) < 2:
-        raise ValueError("--lesson unrelated: there is no other sample")
-    if config.lesson == "gold":
-        gold = {sample.id: sample.answers for sample in labelled}
-        agent.facts["labels"] = hashlib.sha256(repr(gold).encode()).hexdigest()
+    agent, everyone = train.set_up(replace(config, limit=0))
+    samples = everyone[:config.limit or None]
+    if not config.uses_labels:
+        everyone = [sample.without_answers() for sample in everyone]
+    agent.facts["labels"] = hashlib.sha256(repr(everyone).encode()).hexdigest()
     kept = Kept(config, agent.facts)
-    return train.run(agent, samples, config, kept, partial(improve, everyone=everyone, gold=gold))
+    return train.run(agent, samples, config, kept, partial(improve, everyone=everyone))
 
 
 if __name__ == "__main__":
