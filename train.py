@@ -242,8 +242,9 @@ def begin(agent: Agent, chats: Sequence[list[dict]],
 
 
 def adapt_batch(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Lesson]],
-                config: Config) -> list[Adapted]:
-    """T for samples with equally many lessons: a fresh adapter each, its answer, and the reset."""
+                config: Config, params: lora.Params | None = None) -> list[Adapted]:
+    """T for samples with equally many lessons: an adapter each (`params`, or fresh ones), its
+    answer, and the reset."""
     model, tokenizer, examples = agent.model, agent.tokenizer, []
     for own in lessons:
         prompts, _ = begin(agent, [messages for messages, _ in own], config)
@@ -251,7 +252,8 @@ def adapt_batch(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Seque
         examples.append(list(zip(prompts, answers)))
     _, tools = begin(agent, [own[0][0] for own in lessons], config)
     asked, cache = begin(agent, [call_prompt(sample) for sample in samples], config)
-    params = new_params(model, config.rank, [seeded(config.seed, x.id, "lora") for x in samples])
+    draws = [seeded(config.seed, x.id, "lora") for x in samples]
+    params = params or new_params(model, config.rank, draws)
     with adapters(model, params, config.alpha) as tensors:                      # l.6  theta_0 + BA
         losses, norms = fine_tune(model, examples, tensors, config, tools)      # l.7  T
         answers = generate(model, asked, tokenizer.eos, config.max_new_tokens, cache)   # l.8

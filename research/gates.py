@@ -41,6 +41,8 @@ class GateConfig(train.Config):
         super().__post_init__()
         if not self.gate:
             raise ValueError("--gate is needed: all, certain, random, oracle or score")
+        if not 0 <= self.budget <= 1 or self.budget and self.threshold != "otsu":
+            raise ValueError(f"--budget {self.budget}: must be in [0, 1], without --threshold")
 
 
 def let_through(agent: Agent, samples: Sequence[Sample], config: GateConfig, kept: Kept) -> set:

@@ -54,6 +54,8 @@ class RivalConfig(train.Config):
             raise ValueError("choose a --rival, or --then-vote after --method base, ttsi or ttd")
         if (method in ("icl", "sft")) != bool(self.train_data):
             raise ValueError("--train-data and --rival icl or sft need each other")
+        if min(self.draws, self.train_batch) < 1:
+            raise ValueError("--draws and --train-batch: must be 1 or more")
 
 
 Samples = Sequence[Sample]

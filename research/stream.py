@@ -7,14 +7,12 @@ from then on it answers every sample, the certain ones too. --reset sample is Al
 is not kept, since what an adapter knows depends on all the samples before: a run that was stopped
 trains from its first sample on. The answer stands in research/RESULTS.md, "What is the reset for?".
 """
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import train
@@ -23,7 +21,7 @@ from data import Sample, call_prompt
 from evaluate import read_run, write_run
 from lora import Params, adapters, new_params
 from model import generate, seeded
-from train import Adapted, Agent, Kept, Lesson, Outcome, begin, fine_tune, lessons_of, option
+from train import Adapted, Agent, Kept, Lesson, Outcome, adapt_batch, begin, lessons_of, option
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class StreamConfig(train.Config):
                         "all, which learns on and on", "sample", "never")
 
 
-# What train.adapt_batch does, in parts, for an adapter that the caller holds. Others here use them.
+# What the other files here share.
 
 def answered(sample: Sample, text: str, tokens: int = 0) -> Adapted:
     """A line of T for an answer that nothing was trained for."""
@@ -67,16 +65,7 @@ def adapt_with(agent: Agent, sample: Sample, lessons: Sequence[Lesson], config: 
     """The line of T of one sample; `params`, or a fresh adapter, learns the lessons. look: gives
     what is seen of (sample, params) afterwards."""
     params = params or fresh(agent, sample.id, config)
-    prompts, _ = begin(agent, [messages for messages, _ in lessons], config)
-    _, tools = begin(agent, [lessons[0][0]], config)
-    texts = [[*agent.tokenizer.encode(text), agent.tokenizer.im_end] for _, text in lessons]
-    with adapters(agent.model, params, config.alpha) as tensors:
-        examples = [list(zip(prompts, texts))]
-        (loss,), (norm,) = fine_tune(agent.model, examples, tensors, config, tools)
-    line, = answer_with(agent, [sample], params, config)
-    line.losses, line.norms = [list(takewhile(math.isfinite, values)) for values in (loss, norm)]
-    line.finite = all(map(math.isfinite, loss + norm))
-    line.trained_tokens = config.epochs * sum(map(len, prompts + texts))
+    line, = adapt_batch(agent, [sample], [lessons], config, params)
     return Looked(**vars(line), seen=look(sample, params) if look and line.finite else {})
 
 
