@@ -2,7 +2,6 @@
 
     python tests/benchmark.py                                       # the bundled model
     python tests/benchmark.py --model DIR --bench toolalpaca --data DIR --limit 1 --dtype bfloat16
-    python tests/benchmark.py --random 1.5b --device cuda --dtype bfloat16 --batch 8
 
 Both sides have the same weights, prompts and number of tokens, and take turns; seconds are medians.
 The plain side is what one writes first: every prompt whole, every candidate alone, logits
@@ -14,7 +13,6 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,62 +26,42 @@ import train
 from augment import LocalWriter, Prompt, call_form
 from data import call_prompt, call_text
 from lora import TARGETS, adapters, new_params
-from model import (ModelConfig, PackedLinear, Qwen2, Tokenizer, attend, choose, generate,
-                   load_model, seeded)
+from model import PackedLinear, Qwen2, Tokenizer, attend, choose, generate, load_model, seeded
 from uncertainty import ANSWER_START, PrefixCaches, score_candidates
 
-SIZES = {   # hidden, feed-forward, layers, heads, key/value heads, tied embedding, vocabulary
-    "0.5b": (896, 4864, 24, 14, 2, True, 151936), "1.5b": (1536, 8960, 28, 12, 2, True, 151936),
-    "7b": (3584, 18944, 28, 28, 4, False, 152064)}
 NEW = 32                # tokens that each answer and each request has here
-TINY = Path(data.__file__).parent / "tiny"
-
-
-def random_model(size: str, device: torch.device, dtype: torch.dtype) -> Qwen2:
-    hidden, wide, layers, heads, groups, tied, vocabulary = SIZES[size]
-    config = ModelConfig(vocabulary, hidden, wide, layers, heads, groups, tie_word_embeddings=tied)
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Qwen2(config).to(dtype)
-    model.to_empty(device=device)
-    model.tie()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
-    return model.requires_grad_(False)
-
-
-def in_transformers(model: Qwen2):
-    """The same weights as a transformers model."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    c = model.config
-    config = Qwen2Config(**{name: getattr(c, name) for name in c.__dataclass_fields__})
-    with model.device:
-        plain = Qwen2ForCausalLM(config)
-    plain.to(model.model.norm.weight.dtype).load_state_dict(model.state_dict(), strict=False)
-    return plain.requires_grad_(False).eval()
+SURE = ("prefill", "score", "direct answer")
+FULL = ("pair", "train full", "adapted answer full")
+SUFFIX = ("pair", "train suffix", "adapted answer suffix")
+ROWS = {stage: (stage,) for stage in SURE + FULL + SUFFIX[1:]} | {
+    "scoring, nothing cached": SURE[:2], "a certain sample": SURE,
+    "an uncertain one, full": SURE + FULL, "an uncertain one, suffix": SURE + SUFFIX}
 
 
 class Clock:
     """Seconds by stage, and how many tokens each stage read or wrote."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.tokens = device, {}, {}
+    def __init__(self):
+        self.seconds, self.tokens = {}, {}
 
-    def __call__(self, stage: str, tokens: int, work):
-        self.wait()
+    def __call__(self, stage: str, work, tokens: int = NEW):
         start = time.perf_counter()
         result = work()
-        self.wait()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds.setdefault(stage, []).append(time.perf_counter() - start)
         self.tokens[stage] = tokens
         return result
 
-    def wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def median(self, *stages: str) -> float:
-        return sum(statistics.median(self.seconds[stage][1:]) for stage in stages)
+        """Of their sum, without the first time; the plain side has no prefill and one adapt."""
+        known = [stage if stage in self.seconds else stage.replace("suffix", "full")
+                 for stage in stages]
+        return sum(statistics.median(self.seconds[s][1:]) for s in known if s in self.seconds)
+
+
+def target_ids(tokenizer: Tokenizer, sample: data.Sample) -> list[int]:
+    return [*tokenizer.encode(call_text(sample.answers)), tokenizer.im_end]
 
 
 def pair_prompt(sample: data.Sample) -> Prompt:
@@ -95,41 +73,45 @@ def pair_prompt(sample: data.Sample) -> Prompt:
 
 
 def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, config) -> None:
-    prefixes, endless = PrefixCaches(model), frozenset()
+    prefixes = PrefixCaches(model)
     head, rest = tokenizer.split_chat(call_prompt(sample))
-    names = [tool["name"] for tool in sample.tools]
-    target = [*tokenizer.encode(call_text(sample.answers)), tokenizer.im_end]
-    cache = clock("prefill", len(head), lambda: prefixes.read(head))
+    names, target = [tool["name"] for tool in sample.tools], target_ids(tokenizer, sample)
+    cache = clock("prefill", lambda: prefixes.read(head), len(head))
 
     def score():
         with torch.no_grad():
             model(torch.tensor([rest[:-1]], device=model.device), cache)
         score_candidates(model, tokenizer, cache, rest[-1:], names)
-    clock("score", len(rest) + sum(len(tokenizer.encode(name)) for name in names), score)
-    clock("direct answer", NEW, lambda: generate(model, [rest[-1:]], endless, NEW, cache))
+    clock("score", score, len(rest) + sum(len(tokenizer.encode(name)) for name in names))
+    clock("direct answer", lambda: generate(model, [rest[-1:]], frozenset(), NEW, cache))
     writer, ask = LocalWriter(model, tokenizer, prefixes), pair_prompt(sample)
-    tokenizer.eos, eos = endless, tokenizer.eos
-
-    clock("pair", 2 * NEW, lambda: writer([ask], 2 * NEW, config.temperature, config.top_p,
-                                          [[("pair",)]]))
-    tokenizer.eos = eos
+    clock("pair", lambda: writer([ask], 2 * NEW, config.temperature, config.top_p, [[("pair",)]]),
+          2 * NEW)
     tools = prefixes.read(head)
     for adapt, prompt, prefix in (("full", head + rest, None), ("suffix", rest, tools)):
         params = new_params(model, config.rank, [seeded("lora")])
         with adapters(model, params, config.alpha) as tensors:
-            example = [[(prompt, target)]]
-            clock(f"train {adapt}", 5 * (len(prompt) + len(target)),
-                  lambda: train.fine_tune(model, example, tensors, config, prefix))
-            clock(f"adapted answer {adapt}", NEW,
-                  lambda: generate(model, [prompt], endless, NEW, prefix))
+            examples = [[(prompt, target)]]
+            clock(f"train {adapt}", lambda: train.fine_tune(model, examples, tensors, config,
+                                                            prefix), 5 * len(prompt + target))
+            clock(f"adapted answer {adapt}",
+                  lambda: generate(model, [prompt], frozenset(), NEW, prefix))
+
+
+def in_transformers(model: Qwen2):
+    """The same weights as a transformers model."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    with model.device:
+        plain = Qwen2ForCausalLM(Qwen2Config(**vars(model.config)))
+    plain.to(model.model.norm.weight.dtype).load_state_dict(model.state_dict(), strict=False)
+    return plain.requires_grad_(False).eval()
 
 
 def plainly(clock: Clock, model, tokenizer: Tokenizer, sample: data.Sample, config) -> None:
     from peft import LoraConfig, get_peft_model
     prompt, device = tokenizer.chat(call_prompt(sample)), model.device
-    target = [*tokenizer.encode(call_text(sample.answers)), tokenizer.im_end]
-    written = pair_prompt(sample)
-    ask = tokenizer.chat(written.messages) + tokenizer.encode(written.start)
+    target, pair = target_ids(tokenizer, sample), pair_prompt(sample)
+    ask = tokenizer.chat(pair.messages) + tokenizer.encode(pair.start)
 
     def score():
         for tool in sample.tools:
@@ -138,15 +120,15 @@ def plainly(clock: Clock, model, tokenizer: Tokenizer, sample: data.Sample, conf
             log_p = model(ids).logits.float().log_softmax(-1)[0, -len(name) - 1:-1]
             log_p.gather(1, torch.tensor(name, device=device)[:, None]).sum()
 
-    def write(ids, model=model, new=NEW, **how):
+    def write(ids, model=model, new=NEW, sample=False):
         model.generate(torch.tensor([ids], device=device), max_new_tokens=new, min_new_tokens=new,
                        attention_mask=torch.ones(1, len(ids), device=device), pad_token_id=0,
-                       eos_token_id=None, **how)
+                       eos_token_id=None, do_sample=sample)
 
     with torch.no_grad():
-        clock("score", len(sample.tools) * len(prompt), score)
-        clock("direct answer", NEW, lambda: write(prompt, do_sample=False))
-        clock("pair", 2 * NEW, lambda: write(ask, new=2 * NEW, do_sample=True))
+        clock("score", score, len(sample.tools) * len(prompt))
+        clock("direct answer", lambda: write(prompt))
+        clock("pair", lambda: write(ask, new=2 * NEW, sample=True), 2 * NEW)
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(TARGETS))
     wrapped = get_peft_model(model, lora)
     tensors = [p for p in wrapped.parameters() if p.requires_grad]
@@ -160,163 +142,112 @@ def plainly(clock: Clock, model, tokenizer: Tokenizer, sample: data.Sample, conf
             optimizer.zero_grad()
             wrapped(input_ids=ids, labels=labels).loss.backward()
             optimizer.step()
-    clock("train full", 5 * ids.numel(), fit)
+    clock("train full", fit, 5 * ids.numel())
     with torch.no_grad():
-        clock("adapted answer full", NEW, lambda: write(prompt, wrapped, do_sample=False))
+        clock("adapted answer full", lambda: write(prompt, wrapped))
     wrapped.unload()
-
-
-def together(model: Qwen2, tokenizer: Tokenizer, samples: list, size: int, config) -> None:
-    """Print how much faster `size` samples are adapted in one batch than one after another."""
-    rows = []
-    for sample in (samples * size)[:size]:
-        target = [*tokenizer.encode(call_text(sample.answers)), tokenizer.im_end]
-        rows.append([(tokenizer.chat(call_prompt(sample)), target)])
-
-    def fit(part):
-        params = new_params(model, config.rank, [seeded("lora", i) for i in range(len(part))])
-        with adapters(model, params, config.alpha) as tensors:
-            train.fine_tune(model, part, tensors, config)
-    clock = Clock(model.device)
-    for _ in range(2):
-        clock("together", 0, lambda: fit(rows))
-        clock("one by one", 0, lambda: [fit([row]) for row in rows])
-    at_once, alone = min(clock.seconds["together"]), min(clock.seconds["one by one"])
-    print(f"{size} samples adapted, full: {at_once:.2f} s together, {alone:.2f} s one after "
-          f"another: {alone / at_once:.1f}x")
-
-
-@torch.no_grad()
-def fast_paths(model: Qwen2) -> None:
-    """Print how much faster parts with a plain twin are, 573 tokens read: medians of 30."""
-    c, device, dtype = model.config, model.device, model.model.norm.weight.dtype
-    G, H, S = c.num_key_value_heads, c.num_attention_heads, 573
-    K = c.hidden_size // H
-
-    def ratio(name, plain, fast):
-        clock = Clock(device)
-        for _ in range(31):
-            clock("plain", 0, plain)
-            clock("fast", 0, fast)
-        plain, fast = clock.median("plain"), clock.median("fast")
-        print(f"{name:44}{1e3 * plain:9.3f} ms{1e3 * fast:9.3f} ms{plain / fast:7.1f}x")
-    layers = [block.mlp.gate_proj for block in model.model.layers]
-    for rows in (1, 5, 7, 80):
-        x = torch.randn(rows, c.hidden_size, device=device).to(dtype)
-        if isinstance(layers[0], PackedLinear):
-            ratio(f"packed gate_proj of all layers, {rows} rows",
-                  lambda: [F.linear(x, layer.weight) for layer in layers],
-                  lambda: [layer(x) for layer in layers])
-    for B, T in ((1, 1), (5, 1), (1, 7), (1, 80)):
-        q, k, v = (torch.randn(B, heads, length, K, device=device).to(dtype)
-                   for heads, length in ((H, T), (G, S), (G, S)))
-        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=device).tril(S - T)
-        mask = None if T == 1 else mask
-        ratio(f"attention by groups, {B} x {T} queries", lambda: F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=True), lambda: attend(q, k, v, mask))
-    logits = 8 * torch.randn(1, c.vocab_size, device=device)         # peaked, as a model's are
-    ratio("a sampled token without sorting all",
-          lambda: (logits / 0.7).softmax(-1).sort(descending=True, stable=True),
-          lambda: choose(logits, 0.7, 0.95, [seeded(0)]))
-
-
-def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Measured: operations a second of a matrix product, bytes a second read and written."""
-    clock, big = Clock(device), torch.empty(2 ** 26, device=device)
-    a = torch.randn(2048, 2048, device=device).to(dtype)
-    for _ in range(5):
-        clock("product", 0, lambda: a @ a)
-        clock("memory", 0, lambda: big.add_(1))
-    product, memory = min(clock.seconds["product"]), min(clock.seconds["memory"])
-    return 2 * 2048 ** 3 / product, 8 * big.numel() / memory
 
 
 def report(model: Qwen2, here: Clock, there: Clock) -> None:
     """Print the table of stages, and what they come to for a sample."""
-    flops, bandwidth = ceilings(model.device, model.model.norm.weight.dtype)
+    device, dtype = model.device, model.model.norm.weight.dtype
+    machine, big = Clock(), torch.empty(2 ** 26, device=device)
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    for _ in range(5):
+        machine("product", lambda: a @ a)
+        machine("memory", lambda: big.add_(1))
+    flops = 2 * 2048 ** 3 / min(machine.seconds["product"])
+    bandwidth = 8 * big.numel() / min(machine.seconds["memory"])        # read and written
     print(f"this machine: {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s")
     weights = sum(p.numel() for name, p in model.named_parameters()
                   if "embed" not in name or model.config.tie_word_embeddings)
-    size = weights * model.model.norm.weight.element_size()
-    for stage in [stage for stage in there.seconds if "full" in stage]:      # it has but one way
-        there.seconds[stage.replace("full", "suffix")] = there.seconds[stage]
-    head = f"{'stage':24}{'ours, s':>10}{'plain, s':>10}{'ratio':>8}{'tokens/s':>10}"
-    print(head + f"{'of the ceiling':>16}")
-    for stage in here.seconds or there.seconds:
-        spent = (here if here.seconds else there).median(stage)
-        tokens = (here if here.seconds else there).tokens[stage]
-        share = (6 if "train" in stage else 2) * weights * tokens / spent / flops
-        if "answer" in stage or stage == "pair":
-            share = size * tokens / spent / bandwidth
-        other = f"{'':18}"
-        if here.seconds and stage in there.seconds:
-            other = f"{there.median(stage):10.3f}{there.median(stage) / spent:7.1f}x"
-        print(f"{stage:24}{spent:10.3f}{other}{tokens / spent:10.1f}{share:15.0%}")
-    if here.seconds and there.seconds:
-        sure = ("prefill", "score", "direct answer")
-        totals = {"scoring, nothing cached": sure[:2], "a certain sample": sure}
-        for adapt in ("full", "suffix"):
-            more = ("pair", f"train {adapt}", f"adapted answer {adapt}")
-            totals[f"an uncertain one, {adapt}"] = (*sure, *more)
-        for name, stages in totals.items():
-            mine = here.median(*stages)
-            other = there.median(*[stage for stage in stages if stage != "prefill"])
-            print(f"{name:24}{mine:10.3f}{other:10.3f}{other / mine:7.1f}x")
+    print(f"{'stage':24}{'ours, s':>10}{'plain, s':>10}{'ratio':>8}{'of the ceiling':>16}")
+    for row, stages in ROWS.items():
+        mine, other = here.median(*stages), there.median(*stages)
+        ratio = f"{other / mine:7.1f}x" if mine and other else " " * 8
+        share = ""
+        if row in here.tokens:
+            operations = (6 if "train" in row else 2) * weights * here.tokens[row]
+            share = f"{operations / mine / flops:15.0%}"
+            if "answer" in row or row == "pair":
+                moved = weights * dtype.itemsize * here.tokens[row]
+                share = f"{moved / mine / bandwidth:15.0%}"
+        print(f"{row:24}{mine:10.3f}{other:10.3f}{ratio}{share}")
+
+
+def compare(name: str, plain, fast) -> None:
+    """Print medians of 30, and how much faster the second is."""
+    clock = Clock()
+    for _ in range(31):
+        clock("plain", plain)
+        clock("fast", fast)
+    plain, fast = clock.median("plain"), clock.median("fast")
+    print(f"{name:44}{1e3 * plain:9.3f} ms{1e3 * fast:9.3f} ms{plain / fast:7.1f}x")
+
+
+@torch.no_grad()
+def fast_paths(model: Qwen2) -> None:
+    """Print how much faster parts with a plain twin are, 573 tokens read."""
+    c, device, dtype = model.config, model.device, model.model.norm.weight.dtype
+    G, H, S = c.num_key_value_heads, c.num_attention_heads, 573
+    layers = [block.mlp.gate_proj for block in model.model.layers]
+    for rows in (1, 5, 7, 80) if isinstance(layers[0], PackedLinear) else ():
+        x = torch.randn(rows, c.hidden_size, dtype=dtype)
+        compare(f"packed gate_proj of all layers, {rows} rows",
+                lambda: [F.linear(x, layer.weight) for layer in layers],
+                lambda: [layer(x) for layer in layers])
+    for B, T in ((1, 1), (5, 1), (1, 7), (1, 80)):
+        q, k, v = (torch.randn(B, heads, length, c.hidden_size // H, device=device).to(dtype)
+                   for heads, length in ((H, T), (G, S), (G, S)))
+        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=device).tril(S - T)
+        mask = None if T == 1 else mask
+        compare(f"attention by groups, {B} x {T} queries",
+                lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True),
+                lambda: attend(q, k, v, mask))
+    logits = 8 * torch.randn(1, c.vocab_size, device=device)         # peaked, as a model's are
+    compare("a sampled token without sorting all",
+            lambda: (logits / 0.7).softmax(-1).sort(descending=True, stable=True),
+            lambda: choose(logits, 0.7, 0.95, [seeded(0)]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="a folder, or 'tiny' (default)")
-    parser.add_argument("--random", choices=SIZES, help="random weights of this size; prompts are "
-                        "then of the bundled samples, of 24 tools each")
+    parser.add_argument("--model", default=train.TINY, type=Path, help="(default: the bundled one)")
     parser.add_argument("--bench", default="toolalpaca")
     parser.add_argument("--data", default="", help="file or folder (default: the bundled samples)")
     parser.add_argument("--limit", type=int, default=3, help="samples, those whose prompts are "
                         "nearest to --tokens (default: 3)")
-    parser.add_argument("--tokens", type=int, default=0, help="of a prompt (default: the median)")
+    parser.add_argument("--tokens", type=int, help="of a prompt (default: the median)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--pack", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--only", choices=("ours", "plain"), help="one side, for its peak memory")
-    parser.add_argument("--batch", type=int, default=0, help="also adapt so many samples at once")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    folder = TINY if args.random or args.model == "tiny" else Path(args.model)
-    tokenizer = Tokenizer(folder)
-    model = random_model(args.random, device, dtype) if args.random else \
-        load_model(folder, device, dtype, args.pack and device.type == "cpu")
+    tokenizer, config = Tokenizer(args.model), train.Config(lr=1e-4)
+    tokenizer.eos = frozenset()             # both sides write on to the limit
+    model = load_model(args.model, args.device, getattr(torch, args.dtype), args.device == "cpu")
     samples = data.load(args.bench, args.data, bundled=not args.data)
-    if args.random:
-        tools = {tool["name"]: tool for sample in samples for tool in sample.tools}
-        samples = [replace(x, tools=tuple(({t["name"]: t for t in x.tools} | tools).values())[:24])
-                   for x in samples]
-    def length(sample): return len(tokenizer.chat(call_prompt(sample)))
-    wanted = args.tokens or statistics.median_low(map(length, samples))
-    shortest, config = min(samples, key=length), train.Config(lr=1e-4)
-    samples = sorted(samples, key=lambda sample: abs(length(sample) - wanted))[:args.limit]
+    lengths = {x.id: len(tokenizer.chat(call_prompt(x))) for x in samples}
+    wanted = args.tokens or statistics.median_low(lengths.values())
+    samples = sorted(samples, key=lambda x: abs(lengths[x.id] - wanted))[:args.limit]
     plain = None if args.only == "ours" else in_transformers(model)
-    here, there = Clock(device), Clock(device)
-    for sample in [shortest, *samples]:                 # the first is to warm up
+    here, there = Clock(), Clock()
+    for sample in [samples[0], *samples]:               # the first time is to warm up
         if args.only != "plain":
             ours(here, model, tokenizer, sample, config)
         if plain:
             plainly(there, plain, tokenizer, sample, config)
-    print(f"{args.random or folder.name}, {len(samples)} samples, prompts of {length(samples[0])} "
-          f"tokens, {len(samples[0].tools)} tools, {device}, {args.dtype}, "
+    print(f"{args.model.name}, {len(samples)} samples, prompts of {lengths[samples[0].id]} tokens, "
+          f"{len(samples[0].tools)} tools, {args.device}, {args.dtype}, "
           f"{torch.get_num_threads()} threads")
     report(model, here, there)
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
     if args.only:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if args.device != "cpu":
+            peak = torch.cuda.max_memory_allocated()
         print(f"peak memory {peak / 1e9:.2f} GB, {args.only} alone")
     else:
         fast_paths(model)
-    if args.batch:
-        together(model, tokenizer, samples, args.batch, config)
 
 
 if __name__ == "__main__":

@@ -28,20 +28,6 @@ TEXT = """system\nYou are a helpful assistant. user\nWhat is the weather in Zür
 {"name": "get_user_by_id", "description": "Look up a user.", "parameters": {}} {"name": "-x"}"""
 
 
-def sine_weights(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Fill each parameter with sin(f i^2), i its index: as good as random, and the same on every
-    machine and release."""
-    for n, (name, p) in enumerate(sorted(network.named_parameters())):
-        i = torch.arange(p.numel(), dtype=torch.float64)
-        wave = (i * i * (0.37 + 0.013 * n + 0.0007 * seed) + n).sin().view(p.shape)
-        if p.dim() == 1:
-            wave = 0.3 * wave + (1 if "norm" in name else 0)
-        else:       # variance 1 / in; the embedding is small, lest a token repeat itself
-            wave = wave * (0.2 if "embed" in name else (2 / p.shape[1]) ** 0.5)
-        p.data.copy_(wave)
-    return network.requires_grad_(False)
-
-
 def train_tokenizer() -> tokenizers.Tokenizer:
     """A byte-level BPE like Qwen2.5's, of a few sentences, then the ChatML tokens."""
     bpe = tokenizers.Tokenizer(models.BPE())
@@ -52,14 +38,13 @@ def train_tokenizer() -> tokenizers.Tokenizer:
     bpe.train_from_iterator([TEXT], trainers.BpeTrainer(
         vocab_size=450, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    bpe.add_tokens([AddedToken(text, normalized=False, special=False)
-                    for text in ("<tool_call>", "</tool_call>")])
+    bpe.add_tokens([AddedToken(text, normalized=False) for text in ("<tool_call>", "</tool_call>")])
     return bpe
 
 
-def write_checkpoint(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32,
-                     **changes) -> Path:
-    """A checkpoint as the hub lays it out; `changes` go into config.json (None: without a key)."""
+def write_checkpoint(folder: Path, **changes) -> Path:
+    """A checkpoint as the hub lays it out; `changes` go into config.json (None: without a key).
+    A weight is sin(f i^2), i its index: as good as random, and the same on every machine."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
@@ -67,8 +52,15 @@ def write_checkpoint(folder: Path, seed: int = 0, dtype: torch.dtype = torch.flo
     bpe.save(str(folder / "tokenizer.json"))
     eos = [bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    network = sine_weights(model_py.Qwen2(model_py.ModelConfig.from_folder(folder)), seed)
-    tensors = {name: p.to(dtype) for name, p in network.named_parameters()}
+    network, tensors = model_py.Qwen2(model_py.ModelConfig.from_folder(folder)), {}
+    for n, (name, p) in enumerate(sorted(network.named_parameters())):
+        i = torch.arange(p.numel(), dtype=torch.float64)
+        wave = (i * i * (0.37 + 0.013 * n) + n).sin().view(p.shape)
+        if p.dim() == 1:
+            wave = 0.3 * wave + (1 if "norm" in name else 0)
+        else:       # variance 1 / in; the embedding is small, lest a token repeat itself
+            wave = wave * (0.2 if "embed" in name else (2 / p.shape[1]) ** 0.5)
+        tensors[name] = wave.float()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 

@@ -39,16 +39,13 @@ def turns(*pairs: tuple[str, str]) -> list[dict]:
     return [{"role": role, "content": content} for role, content in pairs]
 
 
-@pytest.fixture
-def url(tmp_path) -> str:
-    """Where BODY can be downloaded as sealtool.json."""
-    write(tmp_path / "web" / "sealtool.json", BODY)
-    return (tmp_path / "web" / "sealtool.json").as_uri()
-
-
 # --- Where a file is from -------------------------------------------------------------------------
 
-def test_a_file_is_downloaded_once_and_then_read_from_the_cache(url, tmp_path):
+def test_a_file_is_downloaded_once_checked_and_then_read_from_the_cache(tmp_path):
+    url = "file://" + write(tmp_path / "web" / "sealtool.json", BODY)
+    with pytest.raises(ValueError, match="git blob id.*--data"):
+        cached_file(url, blob_id(b"something else"), offline=False)
+    assert not (tmp_path / "cache").exists()
     path = cached_file(url, blob_id(BODY), offline=False)
     assert path == tmp_path / "cache" / "ttsi" / "sealtool.json" and path.read_bytes() == BODY
     assert list(path.parent.iterdir()) == [path]                    # and nothing half-written
@@ -57,22 +54,21 @@ def test_a_file_is_downloaded_once_and_then_read_from_the_cache(url, tmp_path):
     assert cached_file(url, blob_id(BODY), offline=False).read_bytes() == BODY
 
 
-def test_a_file_that_cannot_be_had_is_refused_and_the_error_names_the_flag(url, tmp_path):
-    with pytest.raises(ValueError, match="git blob id.*--data"):
-        cached_file(url, blob_id(b"something else"), offline=False)
-    assert not (tmp_path / "cache").exists()
-    for address in (url + "x", NOWHERE):
-        with pytest.raises(ConnectionError, match=f"cannot download {address} .*--data"):
-            cached_file(address, blob_id(BODY), offline=False)
+def test_a_file_that_cannot_be_had_is_refused_and_the_error_names_the_flag(tmp_path):
+    with pytest.raises(ConnectionError, match=f"cannot download {NOWHERE} .*--data"):
+        cached_file(NOWHERE, blob_id(BODY), offline=False)
     with pytest.raises(FileNotFoundError, match="offline.*sealtool.json is missing.*--data"):
         load("sealtool", offline=True)
     write(tmp_path / "cache" / "ttsi" / "sealtool.json", b"corrupted")
     with pytest.raises(FileNotFoundError, match="offline.*or not as published.*--data"):
         load("sealtool", offline=True)
+    with pytest.raises(ValueError, match="unknown benchmark 'x'; choose one of toolalpaca"):
+        load("x")
 
 
 def test_the_users_files_come_first_and_are_not_checked(tmp_path, monkeypatch):
-    own = write(tmp_path / "own" / "NexusRaven.json", [ITEM, ITEM])
+    with_mark = "\ufeff" + json.dumps([ITEM, ITEM])             # a byte order mark
+    own = write(tmp_path / "own" / "NexusRaven.json", with_mark.encode())
     for path in (own, str(tmp_path / "own")):
         assert [s.id for s in load("nexusraven", data=path)] == ["nexusraven-0", "nexusraven-1"]
     monkeypatch.setenv("TTSI_DATA", str(tmp_path / "own"))
@@ -87,20 +83,15 @@ def test_the_users_files_come_first_and_are_not_checked(tmp_path, monkeypatch):
             load("sealtool")
 
 
-def test_an_unknown_benchmark_is_named():
-    with pytest.raises(ValueError, match="unknown benchmark 'x'; choose one of toolalpaca"):
-        load("x")
-
-
 # --- What a sample becomes ------------------------------------------------------------------------
 
 def test_a_plain_request_is_one_user_turn_and_another_request_has_no_label(tmp_path):
-    sample, sealtool = loaded(tmp_path, {}, {"answers": [{"tool": "f", "parameters": {"x": "1"}}]})
-    assert sample == Sample("sealtool-0", ({"role": "user", "content": "q"},), (TOOL,), GOLD)
-    assert sample.without_answers() == Sample("sealtool-0", sample.messages, (TOOL,))
-    assert sealtool.answers == GOLD
-    new = Sample("sealtool-1", ({"role": "user", "content": "new"},), (TOOL,))
-    assert data.with_request(sealtool, "new") == new
+    sample, sealtool = loaded(tmp_path, {"query": "Zürich 😀"}, {
+        "answers": [{"tool": "f", "parameters": {"x": "1"}}]})
+    asked = ({"role": "user", "content": "Zürich 😀"},)
+    assert sample == Sample("sealtool-0", asked, (TOOL,), GOLD) and sealtool.answers == GOLD
+    unlabelled = Sample("sealtool-0", asked, (TOOL,))
+    assert sample.without_answers() == data.with_request(sample, "Zürich 😀") == unlabelled
 
 
 def test_a_full_json_schema_is_flattened_but_not_parameters_of_its_names(tmp_path):
@@ -148,11 +139,10 @@ def test_api_banks_turns_are_those_of_a_chat_without_its_way_of_asking(tmp_path)
 def test_the_prompt_asks_in_the_last_turn_of_the_user(tmp_path):
     agent, tool = DIALOGUE[:2], DIALOGUE[:4]
     plain, *others = map(data.call_prompt, loaded(tmp_path, {}, {"query": agent}, {"query": tool}))
-    assert [m["role"] for m in plain] == ["system", "user"] and json.dumps(TOOL) in str(plain[0])
-    assert plain[-1]["content"] == "q" + data.ASK_CALL
-    for chat, turns_before in zip(others, (2, 4)):                  # nor does a tool ask anything
-        assert chat[-1] == {"role": "user", "content": data.ASK_CALL.strip()}
-        assert len(chat) == 1 + turns_before + 1
+    assert plain == [plain[0], {"role": "user", "content": "q" + data.ASK_CALL}]
+    assert plain[0]["role"] == "system" and json.dumps(TOOL) in plain[0]["content"]
+    for chat, before in zip(others, (2, 4)):                        # nor does a tool ask anything
+        assert chat[1 + before:] == [{"role": "user", "content": data.ASK_CALL.strip()}]
 
 
 @pytest.mark.parametrize("content", [
@@ -163,18 +153,12 @@ def test_an_assistants_turn_that_is_no_list_of_calls_stays_text(content, tmp_pat
     assert sample.messages[1] == {"role": "assistant", "content": content}
 
 
-def test_text_beyond_ascii_and_a_byte_order_mark_are_kept(tmp_path):
-    content = "\ufeff" + json.dumps([ITEM | {"query": "Zürich 😀"}], ensure_ascii=False)
-    samples = load("sealtool", data=write(tmp_path / "f", content.encode()))
-    assert data.request_text(samples[0]) == "Zürich 😀"
-
-
 # --- What can be wrong ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, message", [
     ({"query": 7}, ": 'query' is .* wrong type"), ({"answers": {}}, ": 'answers' is .* wrong type"),
     ({"query": []}, ": the query is empty"), ({"query": " "}, ": the query is empty"),
-    ({"query": [7]}, ": turn 0: no role"), ({"query": turns(("alien", ""))}, ": turn 0: no role"),
+    ({"query": turns(("alien", ""))}, ": turn 0: no role"), ({"query": [7]}, ": turn 0: no role"),
     ({"query": turns(("user", None))}, ": turn 0: no role or no text"),
     ({"tools": []}, ": no tool to call"), ({"tools": [TOOL, TOOL]}, "two tools of one name"),
     ({"tools": ["f"]}, ", tool 0: no name"), ({"tools": [TOOL, {"name": ""}]}, ", tool 1: no name"),
