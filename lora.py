@@ -74,12 +74,6 @@ def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[to
             setattr(layers[parent], last, layers[name])
 
 
-def merge(layer: nn.Linear, A: torch.Tensor, B: torch.Tensor, alpha: float) -> torch.Tensor:
-    """W + (alpha / r) B A as a new (out, in) tensor, for export; the layer stays as it is.
-    A: (R, in), B: (out, R)."""
-    return (layer.weight.float() + alpha / A.shape[0] * B @ A).to(layer.weight.dtype)
-
-
 def save_adapter(folder: Path, params: Params, alpha: float, row: int = 0) -> None:
     """Write one row's adapter in the format of Hugging Face's peft."""
     folder.mkdir(parents=True, exist_ok=True)

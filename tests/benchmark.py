@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                                       # the bundled model
     python tests/benchmark.py --model DIR --bench toolalpaca --data DIR --limit 1 --dtype bfloat16
+    python tests/benchmark.py --random 1.5b --device cuda --dtype bfloat16 --batch 8
 
 Both sides have the same weights, prompts and number of tokens, and take turns; seconds are medians.
 The plain side is what one writes first: every prompt whole, every candidate alone, logits
@@ -13,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +28,13 @@ import train
 from augment import LocalWriter, Prompt, call_form
 from data import call_prompt, call_text
 from lora import TARGETS, adapters, new_params
-from model import PackedLinear, Qwen2, Tokenizer, attend, choose, generate, load_model, seeded
+from model import (ModelConfig, PackedLinear, Qwen2, Tokenizer, attend, choose, generate,
+                   load_model, seeded)
 from uncertainty import ANSWER_START, PrefixCaches, score_candidates
 
+SIZES = {   # hidden, feed-forward, layers, heads, key/value heads, tied embedding, vocabulary
+    "0.5b": (896, 4864, 24, 14, 2, True, 151936), "1.5b": (1536, 8960, 28, 12, 2, True, 151936),
+    "7b": (3584, 18944, 28, 28, 4, False, 152064)}
 NEW = 32                # tokens that each answer and each request has here
 SURE = ("prefill", "score", "direct answer")
 FULL = ("pair", "train full", "adapted answer full")
@@ -96,6 +102,19 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
                                                             prefix), 5 * len(prompt + target))
             clock(f"adapted answer {adapt}",
                   lambda: generate(model, [prompt], frozenset(), NEW, prefix))
+
+
+def random_model(size: str, device: str, dtype: torch.dtype) -> Qwen2:
+    hidden, wide, layers, heads, groups, tied, vocabulary = SIZES[size]
+    config = ModelConfig(vocabulary, hidden, wide, layers, heads, groups, tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Qwen2(config).to(dtype)
+    model.to_empty(device=device)
+    model.tie()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
+    return model.requires_grad_(False)
 
 
 def in_transformers(model: Qwen2):
@@ -210,10 +229,30 @@ def fast_paths(model: Qwen2) -> None:
             lambda: choose(logits, 0.7, 0.95, [seeded(0)]))
 
 
+def together(model: Qwen2, tokenizer: Tokenizer, samples: list, size: int, config) -> None:
+    """Print how much faster `size` samples are adapted in one batch than one after another."""
+    rows = [[(tokenizer.chat(call_prompt(sample)), target_ids(tokenizer, sample))]
+            for sample in (samples * size)[:size]]
+
+    def fit(part):
+        params = new_params(model, config.rank, [seeded("lora", i) for i in range(len(part))])
+        with adapters(model, params, config.alpha) as tensors:
+            train.fine_tune(model, part, tensors, config)
+    clock = Clock()
+    for _ in range(2):
+        clock("together", lambda: fit(rows))
+        clock("one by one", lambda: [fit([row]) for row in rows])
+    at_once, alone = clock.median("together"), clock.median("one by one")
+    print(f"{size} samples adapted, full: {at_once:.2f} s together, {alone:.2f} s one after "
+          f"another: {alone / at_once:.1f}x")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=train.TINY, type=Path, help="(default: the bundled one)")
+    parser.add_argument("--random", choices=SIZES, help="random weights of this size; prompts are "
+                        "then of the bundled samples, of 24 tools each")
     parser.add_argument("--bench", default="toolalpaca")
     parser.add_argument("--data", default="", help="file or folder (default: the bundled samples)")
     parser.add_argument("--limit", type=int, default=3, help="samples, those whose prompts are "
@@ -222,23 +261,32 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--only", choices=("ours", "plain"), help="one side, for its peak memory")
+    parser.add_argument("--batch", type=int, default=0, help="also adapt so many samples at once")
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
     tokenizer, config = Tokenizer(args.model), train.Config(lr=1e-4)
     tokenizer.eos = frozenset()             # both sides write on to the limit
-    model = load_model(args.model, args.device, getattr(torch, args.dtype), args.device == "cpu")
+    model = random_model(args.random, args.device, dtype) if args.random else \
+        load_model(args.model, args.device, dtype, args.device == "cpu")
     samples = data.load(args.bench, args.data, bundled=not args.data)
+    if args.random:
+        tools = {tool["name"]: tool for sample in samples for tool in sample.tools}
+        samples = [replace(x, tools=tuple(({t["name"]: t for t in x.tools} | tools).values())[:24])
+                   for x in samples]
     lengths = {x.id: len(tokenizer.chat(call_prompt(x))) for x in samples}
     wanted = args.tokens or statistics.median_low(lengths.values())
+    shortest = min(samples, key=lambda x: lengths[x.id])
     samples = sorted(samples, key=lambda x: abs(lengths[x.id] - wanted))[:args.limit]
     plain = None if args.only == "ours" else in_transformers(model)
     here, there = Clock(), Clock()
-    for sample in [samples[0], *samples]:               # the first time is to warm up
+    for sample in [shortest, *samples]:                 # the first is to warm up
         if args.only != "plain":
             ours(here, model, tokenizer, sample, config)
         if plain:
             plainly(there, plain, tokenizer, sample, config)
-    print(f"{args.model.name}, {len(samples)} samples, prompts of {lengths[samples[0].id]} tokens, "
-          f"{len(samples[0].tools)} tools, {args.device}, {args.dtype}, "
+    first = samples[0]
+    print(f"{args.random or args.model.name}, {len(samples)} samples, prompts of "
+          f"{lengths[first.id]} tokens, {len(first.tools)} tools, {args.device}, {args.dtype}, "
           f"{torch.get_num_threads()} threads")
     report(model, here, there)
     if args.only:
@@ -248,6 +296,8 @@ def main() -> None:
         print(f"peak memory {peak / 1e9:.2f} GB, {args.only} alone")
     else:
         fast_paths(model)
+    if args.batch:
+        together(model, tokenizer, samples, args.batch, config)
 
 
 if __name__ == "__main__":
