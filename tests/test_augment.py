@@ -6,21 +6,28 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from augment import (ASK_JOINT, ASK_PAIR, TRIES, LocalWriter, Prompt, call_form, check_request,
-                     check_text, in_form_of, stands_in, synthesize)
-from data import Sample, call_prompt, call_text, system_message
+from augment import ASK_JOINT, ASK_PAIR, TRIES, call_form, check_request, stands_in, synthesize
+from data import Sample, call_prompt, system_message, with_request
 from data.calls import Call, parse_calls
-from model import Form
 from train import Assessed
-from uncertainty import PrefixCaches
 
 TOOLS = ({"name": "get_weather", "description": "", "parameters": {
              "city": {"type": "string", "required": True}, "days": {"type": "integer"}}},
          {"name": "get_time", "description": "", "parameters": {}})
 SAMPLE = Sample("s-0", ({"role": "user", "content": "What is the weather in Rome?"},), TOOLS)
-ROME, PARIS, OSLO, UNKNOWN = ['{"name": "get_weather", "arguments": ' + arguments + "}"
-                              for arguments in ('{"city": "Rome"}', '{"city": "Paris"}',
-                                                '{"city": "Oslo"}', '{"city": "Paris", "town": 1}')]
+
+
+def weather(name: str = "get_weather", **arguments) -> str:
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+ROME, OSLO, PARIS = weather(city="Rome"), weather(city="Oslo"), weather(city="Paris")
+
+
+def assessed(text: str = ROME, **l: float) -> Assessed:
+    """A line of H: the direct answer, and the candidates' scores."""
+    scores = l or {"get_weather": -1.0, "get_time": -2.0}
+    return Assessed("s-0", "", scores, 0.5, 9, text, [], [], [])
 
 
 class Script:
@@ -35,25 +42,15 @@ class Script:
         return [[self.texts.pop(0) for _ in own] for own in keys]
 
 
-def options(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"pair": "call", "k": 1, "seed": 0, "temperature": 0.7,
-                              "top_p": 0.95, **changes})
-
-
-def assessed(text: str = ROME, **l: float) -> Assessed:
-    """A line of H: the direct answer, and the candidates' scores."""
-    scores = l or {"get_weather": -1.0, "get_time": -2.0}
-    return Assessed("s-0", "", scores, 0.5, 9, text, [], [], [])
-
-
 def write(*texts: str, sample: Sample = SAMPLE, line: Assessed = assessed(), **changes):
     """What comes of a script for one sample: the pairs, the reasons, the script."""
+    config = {"pair": "call", "k": 1, "seed": 0, "temperature": 0.7, "top_p": 0.95, **changes}
     script = Script(*texts)
-    found, = synthesize(script, [sample], {sample.id: line}, options(**changes))
+    found, = synthesize(script, [sample], {sample.id: line}, SimpleNamespace(**config))
     return found.pairs, [r.reason for r in found.rejected], script
 
 
-# ------------------------------------------------------------------------- the call first: its form
+# --------------------------------------------------------------------------- what a writer is shown
 
 def test_keys_are_given_and_values_are_blanks_up_to_what_closes_their_type():
     parameters = {"name": {"type": "str"}, "ids": {"type": "list(int)"}, "n": {"type": "integer"},
@@ -69,99 +66,79 @@ def test_keys_are_given_and_values_are_blanks_up_to_what_closes_their_type():
     assert json.loads(request) == "Do it."
 
 
-def test_the_call_is_of_the_likeliest_tool_whatever_the_direct_answer_called():
-    prompt = call_form(SAMPLE, assessed(get_weather=-3.0, get_time=-1.0))
+def test_the_call_is_of_the_likeliest_tool_behind_the_direct_call_and_the_users_turns():
+    turns = [("user", "Rome,"), ("assistant", "Which day?"), ("user", 'say "today".')]
+    sample = replace(SAMPLE, messages=tuple({"role": r, "content": text} for r, text in turns))
+    prompt = call_form(sample, assessed(get_weather=-3.0, get_time=-1.0))
     assert prompt.form.parts == ('{"name": "get_time", "arguments": {}}\n"', '"')
     assert prompt.messages == [system_message(TOOLS), {"role": "user", "content": ASK_PAIR}]
-    assert prompt.start == f'1. {ROME}\n"What is the weather in Rome?"\n2. '
-    assert call_form(SAMPLE, assessed("none")).start.startswith(
-        '1. {"name": "get_weather", "arguments": {}}\n')
+    assert prompt.start == f'1. {ROME}\n"Rome, say \\"today\\"."\n2. '
+    assert call_form(sample, assessed("no call")).start.startswith(f"1. {weather()}\n")
 
 
 @pytest.mark.parametrize("days, given", [(5, True), (7, False)])
 def test_an_optional_argument_is_given_where_the_request_speaks_of_it(days, given):
     sample = replace(SAMPLE, messages=({"role": "user", "content": "Rome, 5 days."},))
-    text = json.dumps({"name": "get_weather", "arguments": {"city": "Rome", "days": days}})
-    assert ('"days":' in "".join(call_form(sample, assessed(text)).form.parts)) == given
-
-
-def test_of_a_dialogue_the_users_turns_are_shown():
-    turns = [("user", "Rome,"), ("assistant", "Which day?"), ("user", 'say "today".')]
-    sample = replace(SAMPLE, messages=tuple({"role": r, "content": text} for r, text in turns))
-    assert call_form(sample, assessed()).start.endswith('\n"Rome, say \\"today\\"."\n2. ')
-
-
-def test_the_model_fills_a_form_over_one_reading_of_the_tools(model, tokenizer):
-    """Whatever it writes: the parts are in the text, and the tools were read once."""
-    prefixes = PrefixCaches(model)
-    prefixes.read(tokenizer.split_chat(call_prompt(SAMPLE))[0])
-    form = Form(('{"a": "', '", "b":', "}"), (" aet", "nio"))
-    prompt = Prompt([system_message(TOOLS)], "1. ", form)
-    keys = [[(0,), (1,), (2,)]]
-    texts, = LocalWriter(model, tokenizer, prefixes)([prompt], 200, 2.0, 1.0, keys)
-    for text in texts:
-        start, rest = text[:7], text[7:]
-        first, _, last = rest.partition('", "b":')
-        assert start == '{"a": "' and last.endswith("}")
-        assert not set(" aet") & set(first) and not set("nio") & set(last[:-1])
-    assert len(set(texts)) == 3 and len(prefixes.caches) == 1
+    form = call_form(sample, assessed(weather(city="Rome", days=days))).form
+    assert ('"days":' in "".join(form.parts)) == given
 
 
 # ------------------------------------------------------------------------- what is of use as a pair
 
-def test_a_call_and_its_request_become_a_pair_in_the_models_own_form():
-    pairs, reasons, _ = write(f'{PARIS}\n"Is it cold in Paris?"')
-    assert [(p.request, p.text, p.read_back) for p in pairs] == [
-        ("Is it cold in Paris?", PARIS, False)] and not reasons
-    for direct in (f"<tool_call>\n{ROME}\n</tool_call>", "no call"):
-        pairs = write(f'{PARIS}\n"Is it cold in Paris?"', line=assessed(direct))[0]
-        assert pairs[0].text == f"<tool_call>\n{PARIS}\n</tool_call>"
+@pytest.mark.parametrize("direct, tags", [
+    (ROME, False), (ROME[:-9], False), (weather(city="<tool_call>"), False),
+    (f"<tool_call>\n{ROME}\n</tool_call>", True), ("Hm.", True), ("f(x=1)", True)])
+def test_a_call_and_its_request_become_a_pair_in_the_form_of_the_direct_answer(direct, tags):
+    (pair,), reasons, _ = write(f'{PARIS}\n"Is it cold in Paris?"', line=assessed(direct))
+    assert pair.text == (f"<tool_call>\n{PARIS}\n</tool_call>" if tags else PARIS)
+    assert (pair.request, pair.read_back, reasons) == ("Is it cold in Paris?", False, [])
 
 
-@pytest.mark.parametrize("text, reason", [
-    (f'{UNKNOWN}\n"In Paris?"', "unknown argument: town"),
-    ('{"name": "get_weather", "arguments": {}}\n"In Paris?"', "missing argument: city"),
-    ("sunny", "no call could be read"),
-    (f'{PARIS}\n"Is it cold in Paris', "the request did not end"),
-    (PARIS, "the request did not end"), (f"{PARIS}\n7", "the request did not end"),
-    (f'{ROME}\n"Is it cold in Rome?"', "the direct answer again"),
-    (f'{PARIS}\n"what is the weather in ROME"', "copy of the seed request"),
-    (f'{PARIS} {OSLO}\n"In Paris, in Oslo?"', "more than one call"),
-    (f'{PARIS}\n"get_weather in Paris"', "the request names the tool"),
-    (f'{PARIS}\n"?!"', "no request")])
-def test_each_check_has_its_reason_and_a_rejected_try_is_followed_by_another(text, reason):
-    pairs, reasons, script = write(text, f'{OSLO}\n"In Oslo?"')
-    assert reasons == [reason] and pairs[0].request == "In Oslo?"
-    assert len(set(script.keys)) == 2
+@pytest.mark.parametrize("bad, reason, good", [
+    ("sunny", "no call could be read", f'{OSLO}\n"In Oslo?"'),
+    (f'{weather()}\n"In Oslo?"', "missing argument: city", f'{OSLO}\n"In Oslo?"'),
+    (f'{weather(city="Oslo", town=1)}\n"In Oslo?"', "unknown argument: town",
+     f'{weather(city="Oslo", days=1)}\n"In Oslo for 1 day?"'),
+    (f'{OSLO} {weather()}\n"In Oslo?"', "missing argument: city", f'{OSLO}\n"In Oslo?"'),
+    (f'{OSLO} {PARIS}\n"In Oslo, in Paris?"', "more than one call", f'{OSLO}\n"Oslo, Paris?"'),
+    (f'{ROME}\n"Is it cold in Rome?"', "the direct answer again", f'{OSLO}\n"Rome and Oslo?"'),
+    (f'{PARIS}\n"Is it cold in Paris?"', "the direct answer again", f'{OSLO}\n"Paris, Oslo?"'),
+    (f'{OSLO}\n"Is it cold in Oslo', "the request did not end", f'{OSLO}\n"Cold in Oslo"'),
+    (OSLO, "the request did not end", f'{OSLO}\n"Oslo"'),
+    (f"{OSLO}\n7", "the request did not end", f'{OSLO}\n"Oslo 7"'),
+    (f'{OSLO}\n"?!"', "no request", f'{OSLO}\n"Oslo?!"'),
+    (f'{OSLO}\n"the weather in ROME"', "copy of the seed request", f'{OSLO}\n"weather in OSLO"'),
+    (f'{OSLO}\n"get_weather in Oslo"', "the request names the tool", f'{OSLO}\n"weather in Oslo"'),
+    (f'{OSLO}\n"<tool_call> Oslo"', "a call in place of a request", f'{OSLO}\n"<call> Oslo"'),
+    (f'{OSLO}\n{json.dumps(OSLO)}', "a call in place of a request", f'{OSLO}\n"{{Oslo}}"')])
+def test_each_check_rejects_with_its_reason_and_lets_pass_what_is_sound(bad, reason, good):
+    pairs, reasons, _ = write(bad, good, line=assessed(f"{ROME}\n{PARIS}"))
+    assert reasons == [reason]
+    assert [f"{pair.text}\n{json.dumps(pair.request)}" for pair in pairs] == [good]
 
 
-CHINA = json.dumps({"name": "get_weather", "arguments": {"city": "CN"}})
+def test_a_request_may_name_a_tool_that_x_names_or_whose_name_is_a_word():
+    named = replace(SAMPLE, messages=({"role": "user", "content": "Use get_time now."},))
+    assert check_request("Now get_time in Oslo", named) == ""
+    word = replace(SAMPLE, tools=({**TOOLS[0], "name": "Count"},))
+    assert check_request("Count the cats on my account", word) == ""
+
+
+NAME, UNREAD = 'a"b\\c', ["a value cannot be read from the request"]
 
 
 @pytest.mark.parametrize("read, reasons", [
-    (CHINA, []), (CHINA.replace("CN", " CN "), []),
-    (CHINA.replace("CN", "China"), ["a value cannot be read from the request"]),
-    ("no call", ["a value cannot be read from the request"])])
+    (weather(NAME, city="CN"), []), (weather(NAME, city=" CN "), []), ("no call", UNREAD),
+    (weather(NAME, city="China"), UNREAD)])
 def test_a_value_that_the_request_does_not_spell_must_be_read_back_from_it(read, reasons):
-    pairs, found, script = write(f'{CHINA}\n"Is it cold in China?"', read, f'{OSLO}\n"In Oslo?"')
+    sample = replace(SAMPLE, tools=({**TOOLS[0], "name": NAME},))
+    pairs, found, script = write(
+        f'{weather(NAME, city="CN")}\n"In China?"', read, f'{weather(NAME, city="Oslo")}\n"Oslo?"',
+        sample=sample, line=assessed(**{NAME: 0.0}))
     assert found == reasons and pairs[0].read_back == (not reasons)
     asked = script.prompts[1]
-    assert asked.messages[-1]["content"].startswith("Is it cold in China?")
-    assert asked.form.parts == ('{"name": "get_weather", "arguments":',)    # the name is given
-
-
-def test_of_several_direct_calls_none_may_come_again():
-    line = assessed(f"{ROME}\n{PARIS}")
-    assert write(*[f'{PARIS}\n"In Paris?"'] * TRIES, line=line)[1][0] == "the direct answer again"
-
-
-def test_a_tools_name_is_escaped_where_it_is_given():
-    name = 'a"b\\c'
-    sample = replace(SAMPLE, tools=({**TOOLS[0], "name": name},))
-    call = json.dumps({"name": name, "arguments": {"city": "CN"}})
-    pairs, _, script = write(f'{call}\n"In China?"', call, sample=sample,
-                             line=assessed(**{name: 0.0}))
-    assert pairs[0].read_back and call.startswith(script.prompts[1].form.parts[0])
+    assert asked.messages == call_prompt(with_request(sample, "In China?"))
+    assert asked.form.parts == (weather(NAME).removesuffix(" {}}"),)        # the name is given
 
 
 @pytest.mark.parametrize("value, request_, stands", [
@@ -174,51 +151,26 @@ def test_a_value_stands_in_a_request_as_whole_words(value, request_, stands):
     assert stands_in(value, request_) == stands
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("How warm is it in Paris?", ""), ("", "no request"), ("?!", "no request"),
-    ("the weather in Rome", "copy of the seed request"),
-    ("get_time!", "the request names the tool"),
-    ('{"name": "get_weather"}', "a call in place of a request"),
-    ("<tool_call>", "a call in place of a request")])
-def test_a_request_must_be_new_and_a_request(text, reason):
-    assert check_request(text, SAMPLE) == reason
-    named = replace(SAMPLE, messages=({"role": "user", "content": "Use get_time now."},))
-    assert check_request("Now get_time in Oslo", named) == ""       # x names it, too
-    word = replace(SAMPLE, tools=({**TOOLS[0], "name": "Count"},))
-    assert check_request("Count the cats on my account", word) == ""
-
-
-def test_each_call_must_fit_the_tools():
-    assert check_text(PARIS, SAMPLE) == check_text(f"{PARIS}\n{OSLO}", SAMPLE) == ""
-    assert check_text(f"{PARIS}\n{UNKNOWN}", SAMPLE) == "unknown argument: town"
-    assert check_text("sunny", SAMPLE) == "no call could be read"
-
-
-def test_calls_are_written_as_the_model_writes_them():
-    calls = (Call("f", {"x": "<tool_call>"}), Call("g", {}))
-    plain = '{"name": "f", "arguments": {"x": "<tool_call>"}}\n{"name": "g", "arguments": {}}'
-    for text in ("<tool_call>\n{\"name\": \"f\"", "Hm.", "f(x=1)"):
-        assert in_form_of(text, calls) == call_text(calls)
-    for text in ('{"name": "f", "arguments": {}}', '{"name": "f", "argum'):         # half a call
-        assert in_form_of(text, calls) == plain
-
-
-# -------------------------------------------------------------------------------------- the tries
-
-def test_joint_reads_request_and_call_from_one_text_and_drops_what_follows():
-    text = f'Cold in Paris?"\n<tool_call>\n{PARIS}\n</tool_call>\n3. "And in Oslo?"'
-    pairs, reasons, script = write(text, pair="joint")
-    assert [(p.request, p.text) for p in pairs] == [("Cold in Paris?", PARIS)] and not reasons
+def test_joint_reads_request_and_calls_from_one_text_and_drops_what_follows():
+    texts = [f'Cold in Paris?"\n{calls}\n3. "And in Rome?"'
+             for calls in (weather(), f"{PARIS}\n{OSLO}")]
+    pairs, reasons, script = write('Rome?"', *texts, pair="joint")
+    assert [(p.request, p.text) for p in pairs] == [("Cold in Paris?", f"{PARIS}\n{OSLO}")]
+    assert reasons == ["copy of the seed request", "missing argument: city"]
     assert script.prompts[0].start == '1. "What is the weather in Rome?"\n2. "'
     assert script.prompts[0].messages[-1]["content"] == ASK_JOINT
 
 
-def test_after_three_tries_there_is_no_pair_and_each_try_has_a_reason_and_a_draw_of_its_own():
-    tries = [f'{ROME}\n"In Rome?"', f'{UNKNOWN}\n"Paris?"', "sunny"]
-    pairs, reasons, script = write(*tries, "never asked for")
-    assert pairs == [] and script.texts == ["never asked for"]
-    assert reasons == ["the direct answer again", "unknown argument: town", "no call could be read"]
-    assert len(set(script.keys)) == 3
+# -------------------------------------------------------------------------------------- the tries
+
+def test_three_tries_are_made_and_what_each_draws_depends_on_seed_sample_and_number_alone():
+    def keys(seed: int, id: str) -> list:
+        pairs, reasons, script = write("a", "b", "c", "never asked for", seed=seed,
+                                       sample=replace(SAMPLE, id=id))
+        assert pairs == [] and len(reasons) == TRIES and script.texts == ["never asked for"]
+        return script.keys
+    assert keys(1, "a") == keys(1, "a")
+    assert len({*keys(1, "a"), *keys(2, "a"), *keys(1, "b")}) == 3 * TRIES
 
 
 def test_k_pairs_are_different_calls_with_different_requests():
@@ -226,13 +178,6 @@ def test_k_pairs_are_different_calls_with_different_requests():
     pairs, reasons, _ = write(*texts, k=2)
     assert [p.request for p in pairs] == ["Paris?", "Oslo?"]
     assert reasons == ["copy of an earlier pair"]
-
-
-def test_a_draw_depends_on_seed_and_sample_alone():
-    def keys(seed: int, id: str) -> list:
-        return write("?!", f'{PARIS}\n"Paris?"', seed=seed,
-                     sample=Sample(id, SAMPLE.messages, TOOLS))[2].keys
-    assert keys(1, "a") == keys(1, "a") and keys(1, "a") != keys(2, "a") != keys(2, "b")
 
 
 @settings(max_examples=60, deadline=None)
@@ -247,14 +192,3 @@ def test_hostile_text_stays_text_in_what_is_asked_and_in_what_is_written(tokeniz
     for prompt in script.prompts:
         ids = tokenizer.chat(prompt.messages) + tokenizer.encode(prompt.start)
         assert (ids.count(tokenizer.im_start), ids.count(tokenizer.im_end)) == (3, 2)
-
-
-def test_the_model_writes_each_of_many_texts_as_it_does_alone(model, tokenizer):
-    writer = LocalWriter(model, tokenizer, PrefixCaches(model))
-    form = Form(('{"a": "', '", "b": "', '"}'), ("gw", "nd"))
-    prompts = [Prompt(call_prompt(SAMPLE)), Prompt(call_prompt(SAMPLE), "A longer start", form)]
-    keys = [[("a", 1), ("a", 2)], [("b", 1)]]
-    together = writer(prompts, 40, 1.5, 1.0, keys)
-    alone = [[writer([prompt], 40, 1.5, 1.0, [[key]])[0][0] for key in own]
-             for prompt, own in zip(prompts, keys)]
-    assert together == alone and together[0][0] != together[0][1]

@@ -6,41 +6,31 @@ import random
 import signal
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 
 import train
+from augment import Found
 from data import Sample
 from evaluate import read_run
 from train import TINY, Agent, Config, Kept, Stage, choose, main, self_improve
 
 FORKS = multiprocessing.get_context("forkserver")       # its children have imported torch already
 FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "train"])
-OPTIONS = {"bench": "toolalpaca", "model": "tiny", "device": "cpu", "tau": 1.0, "epochs": 1,
-           "max_new_tokens": 16}
+OPTIONS = {"bench": "apibank", "data": "bundled", "limit": 3, "model": "tiny", "device": "cpu",
+           "tau": 1.0, "epochs": 1, "max_new_tokens": 16}   # a pair is found for each of the three
 
 
-@pytest.fixture(scope="session")
-def file(tmp_path_factory) -> str:
-    """Three of the bundled samples, for which the model soon writes a pair."""
-    items = json.loads((TINY.parent / "samples" / "toolalpaca.json").read_text())
-    path = tmp_path_factory.mktemp("data") / "three.json"
-    path.write_text(json.dumps([items[i] for i in (29, 6, 28)]))
-    return str(path)
-
-
-def argv(folder: Path, file: str, **changes) -> list[str]:
-    options = {**OPTIONS, "data": file, "out": str(folder / "run"), **changes}
-    return [text for name, value in options.items()
-            for text in (f"--{name.replace('_', '-')}", str(value))]
+def argv(folder: Path, **changes) -> list[str]:
+    given = {**OPTIONS, "out": folder / "run", **changes}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
 
 
 PROGRAM = """
-import os, resource, socket, sys, train
+import os, socket, sys, train
 sys.stdout = sys.stderr = open({log!r}, "a", buffering=1)
 {before}
 sys.exit(train.main({argv!r}))
@@ -56,15 +46,15 @@ def start(folder: Path, argv: list[str], before: str = ""):
 
 
 @pytest.fixture(scope="module")
-def loaded(file) -> tuple[Agent, list[Sample]]:
-    return train.set_up(choose(Config(**OPTIONS, data=file)))
+def loaded() -> tuple[Agent, list[Sample]]:
+    return train.set_up(choose(Config(**OPTIONS)))
 
 
-def run(loaded, folder: Path, improve=self_improve, limit: int | None = None, **changes) -> int:
+def run(loaded, folder: Path, improve=self_improve, **changes) -> int:
     """The program in this process, from a model that is loaded already."""
-    (agent, samples), options = loaded, {**OPTIONS, "out": str(folder / "run"), **changes}
-    config = choose(Config(**options))
-    return train.run(agent, samples[:limit], config, Kept(config, agent.facts), improve)
+    agent, samples = loaded
+    config = choose(Config(**{**OPTIONS, "out": str(folder / "run"), **changes}))
+    return train.run(agent, samples[:config.limit], config, Kept(config, agent.facts), improve)
 
 
 def found(folder: Path) -> list[dict]:
@@ -82,12 +72,11 @@ def kept(folder: Path) -> Counter:
 
 
 @pytest.fixture(scope="module")
-def unbroken(file, tmp_path_factory) -> tuple[list[dict], float]:
+def unbroken(tmp_path_factory) -> tuple[list[dict], float]:
     """The records of a run that nothing disturbs, and the seconds it takes."""
     folder = tmp_path_factory.mktemp("unbroken")
     start(folder, ["--help"]).join()                    # the first waits until torch is imported
-    began = time.perf_counter()
-    process = start(folder, argv(folder, file))
+    began, process = time.perf_counter(), start(folder, argv(folder))
     process.join()
     records = found(folder)
     assert process.exitcode == 0 and [r["outcome"] for r in records] == ["adapted"] * 3
@@ -96,40 +85,25 @@ def unbroken(file, tmp_path_factory) -> tuple[list[dict], float]:
 
 # --------------------------------------------------------------------------------- a stage's lines
 
-@dataclass
-class Line:
-    id: str
-    text: str
-    seconds: float = 0.0
-
-
-LETTERS, SAMPLES = Stage("X", Line, ("seed",), ()), [Sample(id, (), ()) for id in "abcd"]
-TEXTS = {id: f"{id} ü\n" for id in "abcd"}
+LETTERS, SAMPLES = Stage("X", Found, ("seed",), ()), [Sample(id, (), ()) for id in "abcd"]
 
 
 def letters(folder: Path, **changes) -> str:
     """The letters whose lines were not there and are computed now, one at a time."""
-    lines, computed = Kept(Config(out=str(folder / "run"), **changes), {}), []
+    lines, computed = Kept(Config(out=str(folder / "run"), model="a [1] * ü?", **changes), {}), []
 
     def compute(samples):
         computed.extend(x.id for x in samples)
-        return [Line(x.id, TEXTS[x.id]) for x in samples]
-    assert {x.id: lines(LETTERS, [x], compute)[x.id].text for x in SAMPLES} == TEXTS
+        return [Found(x.id, texts=[f"{x.id} ü\n"]) for x in samples]
+    for x in SAMPLES:
+        assert lines(LETTERS, [x], compute)[x.id].texts == [f"{x.id} ü\n"]
     return "".join(computed)
 
 
-def test_a_line_is_computed_once_and_the_first_line_tells_what_it_depends_on(tmp_path):
+def test_a_line_is_computed_once_for_what_it_depends_on(tmp_path):
     assert letters(tmp_path) == "abcd" and letters(tmp_path) == letters(tmp_path, tau=0.5) == ""
     assert letters(tmp_path, seed=1) == letters(tmp_path, fresh=True) == "abcd"
     assert letters(tmp_path) == letters(tmp_path, seed=1) == ""
-    paths = tmp_path.glob("stages/X-nexusraven-*.jsonl")
-    keys = [json.loads(path.read_text().splitlines()[0])["key"] for path in paths]
-    assert sorted(key["seed"] for key in keys) == [0, 1] and keys[0]["stage"] == "X"
-
-
-@pytest.mark.parametrize("model", ["a [1] model", "*", "ü?"])
-def test_lines_are_found_again_whatever_the_models_folder_is_called(tmp_path, model):
-    assert [letters(tmp_path, model=model), letters(tmp_path, model=model)] == ["abcd", ""]
 
 
 def test_a_file_that_was_cut_at_any_byte_costs_the_lines_that_are_not_whole(tmp_path, capsys):
@@ -146,17 +120,8 @@ def test_a_file_that_was_cut_at_any_byte_costs_the_lines_that_are_not_whole(tmp_
         assert letters(folder) == "abcd"[sum(map(bool, lines)) - torn:]
         assert ("is torn" in capsys.readouterr().out) == torn
         assert letters(folder) == ""
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.binary(max_size=30) | st.sampled_from(
-    [b"[]", b"7", b"{}", b'{"id": "a"}', b'{"id": [], "text": ""}']), max_size=5))
-def test_rubbish_among_the_lines_is_skipped(tmp_path_factory, rubbish):
-    folder = tmp_path_factory.mktemp("rubbish")
-    letters(folder)
-    path, = folder.glob("stages/*.jsonl")
-    path.write_bytes(path.read_bytes() + b"\n".join(rubbish))
-    assert letters(folder) == ""
+    path.write_bytes(content + b'[]\n7\n\xff\n{}\n{"id": "a", "text": ""}\n{"id": []}\n{')
+    assert letters(tmp_path) == ""                          # nor does rubbish cost anything
 
 
 DEPENDS = {     # an option or fact -> the stages whose lines depend on it; put a new one here, too
@@ -168,16 +133,13 @@ DEPENDS = {     # an option or fact -> the stages whose lines depend on it; put 
         out device dtype pack offline fresh torch python""".split(), "")}
 
 
-@pytest.mark.parametrize("name", DEPENDS)
-def test_lines_are_kept_apart_exactly_where_something_that_they_depend_on_differs(name):
-    known, stages = dict.fromkeys(DEPENDS, "as it was"), (train.H, train.G, train.T)
-    other = {**known, name: "another"}
-    assert "".join(s.name for s in stages if s.key(known) != s.key(other)) == DEPENDS[name]
-
-
-def test_each_option_stands_in_the_table_and_other_code_is_another_file(loaded):
+def test_lines_are_kept_apart_exactly_where_something_that_they_depend_on_differs(loaded):
     assert set(DEPENDS) == {f.name for f in fields(Config)} | set(loaded[0].facts)
-    known, edited = dict.fromkeys(DEPENDS, ""), replace(train.H, code=(train.assess,))
+    known, stages = dict.fromkeys(DEPENDS, "as it was"), (train.H, train.G, train.T)
+    for name, expected in DEPENDS.items():
+        other = {**known, name: "another"}
+        assert "".join(s.name for s in stages if s.key(known) != s.key(other)) == expected, name
+    edited = replace(train.H, code=(train.assess,))             # other code is another file
     assert edited.key(known) != train.H.key(known)
     assert replace(train.G, after=edited).key(known) != train.G.key(known)
 
@@ -194,53 +156,35 @@ def test_a_second_run_computes_nothing_and_other_options_share_what_they_can(
     assert computed() == "GHT" and found(tmp_path) == unbroken[0][:2]
     records = (tmp_path / "run" / "records.jsonl").read_bytes()
     def never(*_): raise AssertionError("the model was called")
-    handle = loaded[0].model.register_forward_pre_hook(never)
-    assert computed(tau=0.5) == computed(tau=0.0) == computed(method="base") == computed() == ""
+    with loaded[0].model.register_forward_pre_hook(never):
+        assert computed(tau=0.5) == computed(tau=0.0) == computed(method="base") == computed() == ""
     assert (tmp_path / "run" / "records.jsonl").read_bytes() == records
-    handle.remove()
     assert computed(lr=1e-3) == "T" and computed(max_new_tokens=15) == "GHT"
-
-
-def test_a_run_whose_files_were_cut_at_random_bytes_ends_the_same(tmp_path, loaded, unbroken):
-    draw = random.Random(0)
-    for _ in range(3):
-        assert run(loaded, tmp_path, limit=2) == 0 and found(tmp_path) == unbroken[0][:2]
-        path = draw.choice(sorted(tmp_path.glob("stages/*")))
-        path.write_bytes(path.read_bytes()[:draw.randrange(path.stat().st_size)])
-    assert run(loaded, tmp_path, limit=2) == 0 and found(tmp_path) == unbroken[0][:2]
-
-
-def test_a_run_folder_holds_what_others_rely_on(tmp_path, loaded, capsys):
-    assert run(loaded, tmp_path, limit=1, method="base") == 0
-    def read(name): return json.loads((tmp_path / "run" / name).read_text())
-    assert {"id", "request", "margin", "uncertain", "outcome", "candidates", "base", "answer",
-            "pairs", "rejected", "losses", "norms", "seconds", "tokens", "gold", "reachable",
-            "log_p", "entropy", "ids", "prompt_tokens", "extra"} == set(read("records.jsonl"))
-    assert {"text", "exact", "reason"} <= set(read("records.jsonl")["answer"])
-    assert {"n", "uncertain", "base_accuracy", "accuracy", "fixed"} <= set(read("summary.json"))
-    assert read("config.json")["max_new_tokens"] == 16
-    assert {"samples", "weights", "writer", "torch"} <= set(read("config.json")["facts"])
-    printed = capsys.readouterr().out
-    assert "fixed" in printed and "Next: python evaluate.py" in printed
 
 
 def test_the_runs_name_holds_what_is_not_the_default():
     def name(**changes): return choose(Config(model="tiny", device="cpu", **changes)).out
-    assert name() == "runs/nexusraven-tiny-ttsi-s0"
+    assert name(fresh=True, batch=4, offline=True) == name() == "runs/nexusraven-tiny-ttsi-s0"
     assert name(tau=0.5, adapt="suffix", seed=3) == (
         "runs/nexusraven-tiny-ttsi-tau=0.5-adapt=suffix-s3")
-    assert len({name(), name(lr=0.1), name(k=2), name(limit=4), name(pair="joint")}) == 5
-    assert name(fresh=True, batch=4, offline=True) == name() and name(out="here") == "here"
+
+
+def test_a_teacher_is_another_writer_whose_pairs_are_kept_apart(loaded, checkpoint):
+    config = choose(Config(**OPTIONS, method="ttd", teacher=str(checkpoint)))
+    (taught, _), (alone, _) = train.set_up(config), loaded
+    assert alone.writer.model is alone.model and taught.writer.model.config.hidden_size == 32
+    assert taught.facts["weights"] == alone.facts["weights"]
+    assert taught.facts["writer"] != alone.facts["writer"]
 
 
 # ----------------------------------------------------------------------------- killed, interrupted
 
 def test_a_run_killed_at_twenty_random_moments_ends_as_if_nothing_had_happened(
-        tmp_path, file, loaded, unbroken):
+        tmp_path, loaded, unbroken):
     (records, seconds), moments, killed, folder = unbroken, random.Random(0), 0, tmp_path / "0"
     while killed < 20:
         folder.mkdir(exist_ok=True)
-        process = start(folder, argv(folder, file, limit=2))
+        process = start(folder, argv(folder, limit=2))
         process.join(moments.uniform(0.1, 0.4) * seconds)
         if process.is_alive():
             process.kill()
@@ -252,22 +196,13 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nothing_had_happened(
     assert run(loaded, folder, limit=2) == 0 and found(folder) == records[:2]
 
 
-def two(folder: Path, file: str) -> list:
-    """Two processes that share a run, as torchrun starts them."""
-    return [start(folder, argv(folder, file), f"os.environ.update(RANK='{rank}', WORLD_SIZE='2')")
-            for rank in (0, 1)]
-
-
-def test_two_processes_find_what_one_finds(tmp_path, file, unbroken):
-    for process in two(tmp_path, file):
-        process.join()
-        assert process.exitcode == 0
-    assert found(tmp_path) == unbroken[0] and set(kept(tmp_path).values()) == {1}
-
-
-def test_if_one_of_two_processes_is_killed_nothing_finished_is_lost_or_computed_twice(
-        tmp_path, file, loaded, unbroken):
-    first, second = two(tmp_path, file)
+def test_two_processes_find_what_one_finds_also_after_one_was_killed(tmp_path, unbroken):
+    """Nothing that was finished is lost or computed twice."""
+    def two() -> list:
+        """Two processes that share a run, as torchrun starts them."""
+        return [start(tmp_path, argv(tmp_path), f"os.environ.update(RANK='{rank}', WORLD_SIZE='2')")
+                for rank in (0, 1)]
+    first, second = two()
     while len(list(tmp_path.glob("stages/H-*"))) < 2:       # both have begun
         assert second.is_alive()
         time.sleep(0.01)
@@ -276,7 +211,10 @@ def test_if_one_of_two_processes_is_killed_nothing_finished_is_lost_or_computed_
     finished = kept(tmp_path)
     assert first.exitcode == 0 and not (tmp_path / "run").exists()
     assert "with other processes" in (tmp_path / "log").read_text()
-    assert run(loaded, tmp_path) == 0 and found(tmp_path) == unbroken[0]
+    for process in two():
+        process.join()
+        assert process.exitcode == 0
+    assert found(tmp_path) == unbroken[0]
     assert set(kept(tmp_path).values()) == {1} and finished <= kept(tmp_path)
 
 
@@ -284,7 +222,8 @@ def test_if_one_of_two_processes_is_killed_nothing_finished_is_lost_or_computed_
 def test_an_interrupted_run_tells_what_is_finished_and_goes_on(
         tmp_path, loaded, unbroken, capsys, number):
     def interrupted(agent, batch, config, kept):
-        if batch[0].id == "toolalpaca-2":
+        assert not batch[0].answers             # the method is not even shown the labels
+        if batch[0].id == "apibank-2":
             signal.raise_signal(number)
         return self_improve(agent, batch, config, kept)
     assert run(loaded, tmp_path, interrupted) == 130 and found(tmp_path) == unbroken[0][:2]
@@ -292,15 +231,17 @@ def test_an_interrupted_run_tells_what_is_finished_and_goes_on(
     assert run(loaded, tmp_path) == 0 and found(tmp_path) == unbroken[0]
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, file, loaded, unbroken):
-    process = start(tmp_path, argv(tmp_path, file),
-                    "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))")
-    process.join()
-    said = (tmp_path / "log").read_text().splitlines()[-1]
-    assert process.exitcode == 2 and said.startswith("error: ") and "too large" in said
-    assert kept(tmp_path)["H", "toolalpaca-0"] == 1
+def test_what_the_memory_does_not_hold_keeps_its_answer_is_counted_and_is_tried_again(
+        tmp_path, loaded, unbroken, capsys):
+    def full(module, args):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    with loaded[0].model.register_forward_pre_hook(full):
+        assert run(loaded, tmp_path) == 0
+    for record in found(tmp_path):
+        assert record["outcome"] == "out of memory" and record["answer"] == record["base"]
+    assert "out of memory, the direct answer stands: 3" in capsys.readouterr().out
     assert run(loaded, tmp_path) == 0 and found(tmp_path) == unbroken[0]
-    assert kept(tmp_path)["H", "toolalpaca-0"] == 1
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -313,21 +254,17 @@ os.environ.update(XDG_CACHE_HOME="/nowhere", TTSI_DATA="")"""
 
 @pytest.mark.parametrize("changes, code, said", [
     ({}, 0, "Next:"), ({"model": "nobody/nothing"}, 2, "nobody/nothing"),
-    ({"model": str(TINY), "data": ""}, 2, "/nowhere/ttsi/toolalpaca.json")])
-def test_offline_opens_no_socket(tmp_path, file, changes, code, said):
-    options = argv(tmp_path, file, **{"limit": 1, "method": "base", **changes})
-    process = start(tmp_path, [*options, "--offline"], OFFLINE)
+    ({"model": TINY, "data": ""}, 2, "/nowhere/ttsi/apibank_l1.json")])
+def test_offline_opens_no_socket(tmp_path, changes, code, said):
+    given = argv(tmp_path, **{"limit": 1, "method": "base", **changes})
+    process = start(tmp_path, [*given, "--offline"], OFFLINE)
     process.join()
     assert process.exitcode == code and said in (tmp_path / "log").read_text()
 
 
-def item(name: str = "f", query: str = "hi", **parameters) -> str:
-    tool = {"name": name, "description": "", "parameters": parameters}
-    return json.dumps([{"query": query, "tools": [tool], "answers": []}])
-
-
-FILES = {"BROKEN": "[{", "VOID": "[]", "LONG": item(query="word " * 3000),
-         "ODD": item("\x1b[2Jf", x=5)}
+ITEM = '[{"query": "%s", "tools": [{"name": "%s", "parameters": {%s}}], "answers": []}]'
+FILES = {"VOID": "[]", "LONG": ITEM % ("word " * 3000, "f", ""),
+         "ODD": ITEM % ("hi", r"\u001b[2Jf", '"x": 5')}
 
 
 @pytest.mark.parametrize("bad, said", [
@@ -335,48 +272,23 @@ FILES = {"BROKEN": "[{", "VOID": "[]", "LONG": item(query="word " * 3000),
     ({"lr": -1}, "--lr -1"), ({"alpha": "inf"}, "--alpha inf"), ({"top_p": 0}, "--top-p 0"),
     ({"max_new_tokens": 0}, "--max-new-tokens 0"), ({"method": "ttd"}, "--teacher"),
     ({"teacher": "tiny"}, "--method ttd"), ({"method": "ttd", "teacher": "https://x/v1"}, "URL"),
-    ({"model": "./nowhere"}, "nowhere"), ({"data": "nowhere.json"}, "nowhere.json"),
-    ({"data": "BROKEN"}, "BROKEN"), ({"data": "VOID"}, "VOID"), ({"data": "ODD"}, "\\x1b[2Jf"),
-    ({"data": "LONG"}, "exceed the model's context"), ({"device": "nonsense"}, "--device nonsense"),
+    ({"model": "./nowhere"}, "nowhere"), ({"device": "nonsense"}, "--device nonsense"),
+    ({"data": "nowhere.json"}, "nowhere.json"), ({"data": "VOID"}, "VOID"),
+    ({"data": "ODD"}, "\\x1b[2Jf"), ({"data": "LONG"}, "exceed the model's context"),
     ({"out": "VOID/run"}, "VOID")])
-def test_a_users_mistake_is_one_sentence_and_code_2(tmp_path, file, capsys, monkeypatch, bad, said):
+def test_a_users_mistake_is_one_sentence_and_code_2(tmp_path, capsys, monkeypatch, bad, said):
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
         Path(name).write_text(content)
-    assert main(argv(tmp_path, file, **{"limit": 1, **bad})) == 2
+    assert main(argv(tmp_path, **bad)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and said in error and "\x1b" not in error
     assert not list(tmp_path.glob("run*"))
 
 
-def test_an_unknown_bench_is_refused_with_the_known_ones(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["--bench", "nonsense"])
-    assert "sealtool" in capsys.readouterr().err
-
-
-def test_a_run_that_changed_the_base_weights_is_not_called_finished(tmp_path, file):
-    def careless(agent, *rest):
-        with torch.no_grad():
-            agent.model.model.norm.weight[0] += 1e-3
-        return self_improve(agent, *rest)
-    another = train.set_up(choose(Config(**OPTIONS, data=file)))
+def test_a_run_that_changed_the_base_weights_is_not_called_finished(tmp_path, loaded):
+    agent, samples = loaded
+    other = replace(agent, facts={**agent.facts, "weights": "as they were at the start"})
     with pytest.raises(ValueError, match="base weights have changed"):
-        run(another, tmp_path, careless, limit=1, method="base")
+        run((other, samples), tmp_path, method="base")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_teacher_is_another_writer_whose_pairs_are_kept_apart(loaded, file, checkpoint):
-    taught, _ = train.set_up(choose(Config(**OPTIONS, data=file, method="ttd",
-                                           teacher=str(checkpoint))))
-    alone, _ = loaded
-    assert alone.writer.model is alone.model and taught.writer.model.config.hidden_size == 32
-    assert taught.facts["weights"] == alone.facts["weights"]
-    assert taught.facts["writer"] != alone.facts["writer"]
-
-
-def test_a_tool_that_is_named_like_a_path_stays_text(tmp_path):
-    (tmp_path / "paths.json").write_text(item("../../escape"))
-    assert main(argv(tmp_path / "a" / "b", str(tmp_path / "paths.json"))) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"paths.json", "a"}
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"b"}
