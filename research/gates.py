@@ -24,14 +24,12 @@ from research.scores import SCORES, otsu, scores_of, threshold_between
 from research.stream import run_and_change
 from train import Agent, Kept, Outcome, adapt, assess, lessons_of, option
 
-OF_H = [name for name, score in SCORES.items() if score.needs not in ("orders", "meanings")]
-
 
 @dataclass(frozen=True)
 class GateConfig(train.Config):
     method: str = option("ttsi", train.RUN, "who writes the pairs", "ttsi", "ttd")
     gate: str = option("", "H", "who is adapted to", "all", "certain", "random", "oracle", "score")
-    gate_score: str = option("margin", "H", "with --gate score: which (1 - u is 'margin')", *OF_H)
+    gate_score: str = option("margin", "H", "with --gate score: which (1 - u is 'margin')", *SCORES)
     threshold: str = option("otsu", "H", "those with a score above it: a number, or otsu, which "
                             "finds one without labels")
     budget: float = option(0.0, "H", "in place of --threshold: this share of the samples")

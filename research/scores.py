@@ -1,17 +1,16 @@
 """Does the softmax difference know which direct answers are wrong, and does any rival know better?
 
-    python -m research.scores RUN...            # --times 200: quicker, with rougher intervals
+    python -m research.scores runs/*
 
 It reads run folders and runs no model. It ranks each score by how well it finds the wrong direct
-answers; then it asks whether p(1) is a probability, and what the run's gate is worth. The answer
-stands in research/RESULTS.md, "Which uncertainty?".
+answers; then it asks whether p(1) is a probability, and what the run's gate is worth. README.md
+defines the measures; the answer stands in research/RESULTS.md, "Which uncertainty?".
 """
 import argparse
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,125 +23,15 @@ from sklearn.metrics import average_precision_score, roc_curve
 from data.calls import calls_key, parse_calls
 from evaluate import Record, Run, printable, read_runs
 from model import Tokenizer, find_checkpoint, seeded
+from train import TINY, exit_codes
 from uncertainty import softmax_difference
 
-# --- The scores: higher means less sure -----------------------------------------------------------
+# --- The scores of a sample: higher means less sure -----------------------------------------------
 
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that a score may look at of one sample. N candidates, T tokens of the direct answer."""
-    id: str
-    candidates: np.ndarray              # (N,) l_n, nats
-    log_p: np.ndarray                   # (T,) of each token, the end token included, nats
-    entropy: np.ndarray                 # (T,) of the distribution that each was chosen from, nats
-    prompt_tokens: int
-    parts: dict[str, list[int]] | None = None       # "name", "values" -> which of the T tokens
-    lengths: np.ndarray | None = None               # (N,) of how many tokens l_n is the sum
-    orders: np.ndarray | None = None                # (M, N) l_n under M orders of the tools
-    meanings: list[Hashable] | None = None          # of k sampled answers
-
-
-@dataclass(frozen=True)
-class Score:
-    """A measure of uncertainty; `needs` is a field of Evidence that is not always there, or ""."""
-    value: Callable[[Evidence], float]
-    needs: str = ""
-
-
-SCORES: dict[str, Score] = {}           # a new score is one decorated function
-
-
-def score(needs: str = "", name: str = ""):
-    """Enter the function into SCORES, under its own name or another."""
-    def enter(function):
-        SCORES[name or function.__name__] = Score(function, needs)
-        return function
-    return enter
-
-
-@score()
-def margin(e: Evidence) -> float:
-    """1 - u, the paper's (margin sampling: Scheffer et al. 2001)."""
-    return 1 - softmax_difference(torch.tensor(e.candidates))
-
-
-@score("lengths")
-def mean_margin(e: Evidence) -> float:
-    """1 - u of the mean log-likelihoods a token instead of their sums."""
-    return 1 - softmax_difference(torch.tensor(e.candidates / e.lengths))
-
-
-@score()
-def log_odds(e: Evidence) -> float:
-    """l_(2) - l_(1), nats: the margin without its saturation; -inf without a rival."""
-    first, second = sorted([*e.candidates, -np.inf], reverse=True)[:2]
-    return second - first
-
-
-@score()
-def least_confidence(e: Evidence) -> float:
-    """1 - p_(1)."""
-    return 1 - softmax(e.candidates).max()
-
-
-@score()
-def entropy(e: Evidence) -> float:
-    """H(p) of the candidates, nats."""
-    return entr(softmax(e.candidates)).sum()
-
-
-@score()
-def normalised_entropy(e: Evidence) -> float:
-    """H(p) / log N in [0, 1], since N differs from sample to sample; 0 for one candidate."""
-    return entropy(e) / np.log(len(e.candidates)) if len(e.candidates) > 1 else 0.0
-
-
-@score("orders")
-def mutual_information(e: Evidence) -> float:
-    """H(mean_m p^m) - mean_m H(p^m), nats, of M orders of the tools (BALD: Houlsby et al. 2011)."""
-    p = softmax(e.orders, axis=1)
-    return entr(p.mean(0)).sum() - entr(p).sum(1).mean()
-
-
-@score("meanings")
-def vote_share(e: Evidence) -> float:
-    """1 - the share of the sampled answers that mean what most of them mean."""
-    return 1 - max(Counter(e.meanings).values()) / len(e.meanings)
-
-
-@score("meanings")
-def semantic_entropy(e: Evidence) -> float:
-    """Entropy of the meanings of the sampled answers, nats, by counts (Kuhn et al. 2023)."""
-    return entr(np.array(list(Counter(e.meanings).values())) / len(e.meanings)).sum()
-
-
-def over(part: str, values: str, reduce: Callable[[np.ndarray], float]):
-    """A score that reduces the values of one part of the direct answer; NaN if it has no token."""
-    def value(e: Evidence) -> float:
-        tokens = getattr(e, values)
-        tokens = tokens if part == "answer" else tokens[e.parts[part]]
-        return reduce(tokens) if len(tokens) else np.nan
-    return value
-
-
-for part in ("answer", "name", "values"):           # Fomicheva et al. 2020
-    needs = "" if part == "answer" else "parts"
-    score(needs, f"{part}_nll")(over(part, "log_p", lambda log_p: -log_p.sum()))        # nats
-    score(needs, f"{part}_perplexity")(over(part, "log_p", lambda log_p: np.exp(-log_p.mean())))
-    score(needs, f"{part}_mean_entropy")(over(part, "entropy", np.mean))
-    score(needs, f"{part}_max_entropy")(over(part, "entropy", np.max))
-
-# What knows nothing of the answer: any score must beat these four.
-score(name="random")(lambda e: torch.rand((), generator=seeded("random score", e.id)).item())
-score(name="candidates")(lambda e: len(e.candidates))
-score(name="answer_tokens")(lambda e: len(e.log_p))
-score(name="prompt_tokens")(lambda e: e.prompt_tokens)
-
-
-# --- From a line of H to its scores ---------------------------------------------------------------
-
-TINY = Path(__file__).parent.parent / "data" / "tiny"
+TOKEN_SCORES = ("nll", "perplexity", "mean_entropy", "max_entropy")
+SCORES = ("margin", "log_odds", "least_confidence", "entropy", "normalised_entropy", "mean_margin",
+          *(f"{part}_{name}" for part in ("answer", "name", "values") for name in TOKEN_SCORES),
+          "random", "candidates", "answer_tokens", "prompt_tokens")     # those that H's lines give
 NAME = re.compile(r'"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"arguments"')
 VALUE = re.compile(r'"(?:[^"\\]|\\.)*"\s*:\s*("(?:[^"\\]|\\.)*"|[^\s,{}\[\]"]+)')
 
@@ -154,67 +43,86 @@ def answer_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, list[int
     names = [found.span(1) for found in NAME.finditer(text)]
     quoted = [start - 1 for start, _ in names]
     values = [found.span(1) for found in VALUE.finditer(text) if found.start(1) not in quoted]
-    parts = {}
-    for part, spans in (("name", names), ("values", values)):
-        parts[part] = [i for i, (start, end) in enumerate(zip([0, *ends], ends))
-                       if any(start < last and end > first for first, last in spans)]
-    return parts
+
+    def tokens(spans: list[tuple[int, int]]) -> list[int]:
+        return [i for i, (start, end) in enumerate(zip([0, *ends], ends))
+                if any(start < last and end > first for first, last in spans)]
+    return {"name": tokens(names), "values": tokens(values)}
 
 
 def meaning(text: str) -> Hashable:
-    """What an answer says, for votes: equal for the same calls.
-
-    A record holds no tools, so an argument left out and one with its default's value differ here.
-    """
+    """What an answer says, for votes. A record holds no tools, so an argument left out and one with
+    its default's value differ here."""
     return calls_key(parse_calls(text).calls, ())
 
 
-def evidence(line, tokenizer: Tokenizer | None = None) -> Evidence:
-    """The Evidence of a line of H (train.Assessed) or of a run (evaluate.Record)."""
-    extra, more = getattr(line, "extra", {}), {}
+def of_candidates(l: np.ndarray) -> dict[str, float]:
+    """The scores that look at nothing but l_n of the candidates, (N,) nats."""
+    p, (first, second) = softmax(l), sorted([*l, -np.inf], reverse=True)[:2]
+    return {"margin": 1 - softmax_difference(torch.tensor(l)),  # 1 - u, the paper's (Scheffer 2001)
+            "log_odds": second - first,                         # does not saturate; -inf: no rival
+            "least_confidence": 1 - p.max(),
+            "entropy": entr(p).sum(),
+            "normalised_entropy": entr(p).sum() / np.log(max(len(l), 2))}   # since N differs
+
+
+def of_answer(log_p: np.ndarray, entropy: np.ndarray) -> dict[str, float]:
+    """The scores of an answer's tokens, or of a part of it (Fomicheva et al. 2020). Where there is
+    no such token, nothing is less sure."""
+    if len(log_p) == 0:
+        return dict.fromkeys(TOKEN_SCORES, np.inf)
+    return {"nll": -log_p.sum(), "perplexity": np.exp(-log_p.mean()),
+            "mean_entropy": entropy.mean(), "max_entropy": entropy.max()}
+
+
+def scores_of_line(line, tokenizer: Tokenizer | None = None) -> dict[str, float]:
+    """Each score whose data a line of H (train.Assessed) or of a run (evaluate.Record) holds. A new
+    score is a line here."""
+    l, log_p = np.array(list(line.candidates.values()), float), np.array(line.log_p)
+    entropy, extra, parts = np.array(line.entropy), getattr(line, "extra", {}), {}
+    scores = of_candidates(l)
     if tokenizer:
-        more["parts"] = answer_parts(tokenizer, line.ids)
-        more["lengths"] = np.array([len(tokenizer.encode(name)) + 1 for name in line.candidates])
+        lengths = np.array([len(tokenizer.encode(name)) + 1 for name in line.candidates])
+        scores["mean_margin"] = of_candidates(l / lengths)["margin"]    # means a token, not sums
+        parts = answer_parts(tokenizer, line.ids)
     if extra.get("orders"):
-        more["orders"] = np.array(extra["orders"], float)
-    if extra.get("sampled"):
-        more["meanings"] = [meaning(verdict["text"]) for verdict in extra["sampled"]]
-    return Evidence(line.id, np.array(list(line.candidates.values()), float), np.array(line.log_p),
-                    np.array(line.entropy), line.prompt_tokens, **more)
+        p = softmax(np.array(extra["orders"], float), axis=1)           # (M, N), M orders of tools
+        # H(mean_m p^m) - mean_m H(p^m), nats (BALD: Houlsby et al. 2011)
+        scores["mutual_information"] = entr(p.mean(0)).sum() - entr(p).sum(1).mean()
+    if extra.get("sampled") and not line.losses:        # else an adapted model gave these answers
+        counts = np.array([*Counter(meaning(v["text"]) for v in extra["sampled"]).values()])
+        scores["vote_share"] = 1 - counts.max() / counts.sum()          # of what most of them mean
+        scores["semantic_entropy"] = entr(counts / counts.sum()).sum()  # Kuhn et al. 2023
+    for part, tokens in {"answer": slice(None), **parts}.items():
+        for name, value in of_answer(log_p[tokens], entropy[tokens]).items():
+            scores[f"{part}_{name}"] = value
+    # What knows nothing of the answer: any score must beat these four.
+    draw = torch.rand((), generator=seeded("random score", line.id)).item()
+    return {**scores, "random": draw, "candidates": len(l), "answer_tokens": len(log_p),
+            "prompt_tokens": line.prompt_tokens}
 
 
 def scores_of(lines: Sequence, tokenizer: Tokenizer | None = None) -> dict[str, np.ndarray]:
     """Each score of n lines, (n,) float64, for those scores whose data every line has."""
-    seen = [evidence(line, tokenizer) for line in lines]
-    return {name: np.array([entry.value(e) for e in seen], float) for name, entry in SCORES.items()
-            if not entry.needs or all(getattr(e, entry.needs) is not None for e in seen)}
+    rows = [scores_of_line(line, tokenizer) for line in lines]
+    return {name: np.array([row[name] for row in rows], float) for name in rows[0]
+            if all(name in row for row in rows)}
 
 
-def tokenizer_of(config: dict) -> Tokenizer | None:
-    """The tokenizer of a run's model; None where it is not on this machine."""
-    name = str(config.get("model"))
+def scores_of_run(run: Run) -> dict[str, np.ndarray]:
+    """The same of a run's records; without its model's tokenizer some scores are lacking."""
+    name, tokenizer = run.config["model"], None
     try:
-        return Tokenizer(TINY if name == "tiny" else find_checkpoint(name, offline=True))
+        tokenizer = Tokenizer(TINY if name == "tiny" else find_checkpoint(name, offline=True))
     except FileNotFoundError:
-        return None
+        print(f"The tokenizer of {name} is not here: no mean_margin, name_* and values_*.")
+    return scores_of(run.records, tokenizer)
 
-
-# --- A threshold without labels -------------------------------------------------------------------
 
 def threshold_between(values: Sequence[float], count: int) -> float:
-    """A threshold that the `count` largest values exceed, or fewer if the next is tied with them.
-
-    NaN is the largest of all: a score that is not defined is sure of nothing.
-    """
-    ordered = np.sort(np.where(np.isnan(values), np.inf, values))[::-1]
-    while 0 < count < len(ordered) and ordered[count - 1] == ordered[count]:
-        count -= 1
-    if count == 0:
-        return float(ordered[0])
-    if count == len(ordered):
-        return -np.inf
-    between = (ordered[count - 1] + ordered[count]) / 2
-    return float(between if np.isfinite(between) else ordered[count])
+    """What the `count` largest values exceed, or fewer of them if the next is as large."""
+    ordered = np.sort(values)[::-1]
+    return float(ordered[count]) if count < len(ordered) else -np.inf
 
 
 def otsu(values: Sequence[float]) -> float:
@@ -222,24 +130,17 @@ def otsu(values: Sequence[float]) -> float:
     them (Otsu 1979); 0 if there are fewer than two."""
     ordered = np.sort([value for value in values if np.isfinite(value)])[::-1]
     n = len(ordered)
-    if n < 2:
-        return 0.0
 
     def between(count: int) -> float:
         return count * (n - count) * (ordered[:count].mean() - ordered[count:].mean()) ** 2
-    return threshold_between(ordered, max(range(1, n), key=between))
+    return threshold_between(ordered, max(range(1, n), key=between)) if n > 1 else 0.0
 
 
 # --- Does a score rank the errors? Columns of n samples -------------------------------------------
 
-RANKING = ("AUROC", "AUPR", "FPR@95", "AURC", "E-AURC", "PRR")
-
-
 def cumulative(score: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """(n + 1,) the sum of `value` over the i least sure; of equal scores each has their mean. A
-    score that is NaN is the least sure of all."""
-    least_sure_first = -np.where(np.isnan(score), np.inf, score)
-    _, group, size = np.unique(least_sure_first, return_inverse=True, return_counts=True)
+    """(n + 1,) the sum of `value` over the i least sure; of equal scores each has their mean."""
+    _, group, size = np.unique(-1.0 * score, return_inverse=True, return_counts=True)
     means = np.bincount(group, value) / size
     return np.append(0, means.repeat(size).cumsum())
 
@@ -251,46 +152,17 @@ def risk_coverage(flagged: np.ndarray) -> np.ndarray:
 
 
 def areas(score: np.ndarray, error: np.ndarray) -> dict[str, float]:
-    """Those measures of `ranking` that are quick enough for a bootstrap."""
+    """How well a score puts the errors before the right answers (E-AURC: Geifman and El-Yaniv 2019;
+    PRR: Malinin 2020). All are NaN if all are right or all wrong."""
     n, wrong = len(error), int(error.sum())
     if wrong in (0, n):
         return dict.fromkeys(("AUROC", "AURC", "E-AURC", "PRR"), np.nan)
     flagged = cumulative(score, error)
-    # the area under the cumulated errors counts the pairs of an error and a sample that is surer
-    pairs = np.trapezoid(flagged) - wrong ** 2 / 2
+    pairs = np.trapezoid(flagged) - wrong ** 2 / 2      # of an error and a sample that is surer
     aurc = risk_coverage(flagged).mean()
-    ideal = risk_coverage(np.minimum(np.arange(n + 1), wrong)).mean()       # all errors first
+    ideal = risk_coverage(np.minimum(np.arange(n + 1), wrong)).mean()   # all errors first
     return {"AUROC": pairs / (wrong * (n - wrong)), "AURC": aurc, "E-AURC": aurc - ideal,
             "PRR": (wrong / n - aurc) / (wrong / n - ideal)}
-
-
-def ranking(score: np.ndarray, error: np.ndarray) -> dict[str, float]:
-    """How well a score puts the errors (1 = the direct answer is wrong) before the right answers.
-
-    AUROC: the chance that an error is less sure than a right answer; ties count half. AUPR: average
-    precision. FPR@95: the fewest right answers flagged where 95 % of the errors are. AURC: the mean
-    risk over coverage; E-AURC: less that of the ideal order (Geifman and El-Yaniv 2019). PRR: the
-    share of the way from random to ideal (Malinin 2020). All are NaN if all are right or all wrong.
-    """
-    found, rank = areas(score, error), rankdata(np.where(np.isnan(score), np.inf, score))
-    if np.isnan(found["AUROC"]):
-        return dict.fromkeys(RANKING, np.nan)
-    fpr, tpr, _ = roc_curve(error, rank, drop_intermediate=False)
-    found["FPR@95"] = fpr[tpr >= 0.95 - 1e-12][0]
-    found["AUPR"] = average_precision_score(error, rank)
-    return {name: float(found[name]) for name in RANKING}
-
-
-def bootstrap(measure: Callable[..., dict[str, float]], times: int,
-              *columns: np.ndarray) -> dict[str, np.ndarray]:
-    """(times,) of each measure over resampled samples (Efron 1979).
-
-    The same resamples serve every score of equal n, so two scores can be compared draw by draw.
-    """
-    n = len(columns[0])
-    draws = np.random.default_rng(0).integers(n, size=(times, n))
-    rows = [measure(*(column[draw] for column in columns)) for draw in draws]
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -300,234 +172,182 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# --- Is the gate useful? --------------------------------------------------------------------------
-
 def gate_rates(flagged: np.ndarray, error: np.ndarray) -> dict[str, float]:
     """TPR, FPR and precision of a gate, (n,) bool, against what called for it, (n,) bool."""
     def share(part, whole):
-        return float(part.sum() / whole.sum()) if whole.any() else np.nan
+        return part.sum() / whole.sum() if whole.any() else np.nan
     return {"TPR": share(flagged & error, error), "FPR": share(flagged & ~error, ~error),
             "precision": share(flagged & error, flagged)}
 
 
-def gain_budget(score: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """(n + 1,) the accuracy gained by adapting the i least sure; gain is -1, 0 or 1 a sample."""
-    return cumulative(score, gain) / len(gain)
-
-
-def qini(score: np.ndarray, gain: np.ndarray) -> float:
-    """The mean of `gain_budget` less the straight line of a random gate (Radcliffe 2007)."""
-    curve = gain_budget(score, gain)
-    return float((curve - np.linspace(0, curve[-1], len(curve))).mean())
+def qini(score: np.ndarray, gain: np.ndarray) -> dict[str, float]:
+    """The mean, over budgets, of the points gained by adapting the least sure, less the straight
+    line of a random gate (Radcliffe 2007). gain: -1, 0 or 1 a sample."""
+    curve = 100 * cumulative(score, gain) / len(gain)
+    return {"Qini": (curve - np.linspace(0, curve[-1], len(curve))).mean()}
 
 
 # --- Is p(1) a probability? -----------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Choices:
-    """The first choice among the candidates, of m samples that have more than one, at most N."""
-    scores: np.ndarray                  # (m, N) l_n, nats; -inf beyond a sample's candidates
-    gold: np.ndarray                    # (m,) which candidate is the first gold call's; -1: none is
-    p: np.ndarray                       # (m,) p_(1)
-    right: np.ndarray                   # (m,) bool, whether the first candidate is the gold's
+def choices(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the m records that have a rival and a gold call: (m, N) l_n, nats, -inf beyond a sample's
+    candidates; and (m,) which candidate is the first gold call's, -1 where none is."""
+    kept = [(r.candidates, parse_calls(r.gold).calls[0].name) for r in records
+            if len(r.candidates) > 1 and parse_calls(r.gold).calls]
+    scores = np.full((len(kept), max((len(l) for l, _ in kept), default=1)), -np.inf)
+    for row, (candidates, _) in zip(scores, kept):
+        row[:len(candidates)] = list(candidates.values())
+    gold = [list(candidates).index(name) if name in candidates else -1 for candidates, name in kept]
+    return scores, np.array(gold, int)
 
 
-def choices(records: Sequence[Record]) -> Choices | None:
-    """The Choices of a run's records that have a rival and a gold call; None if there are none."""
-    calls = [parse_calls(record.gold).calls for record in records]
-    kept = [(record.candidates, called[0].name) for record, called in zip(records, calls)
-            if called and len(record.candidates) > 1]
-    if not kept:
-        return None
-    scores = np.full((len(kept), max(len(candidates) for candidates, _ in kept)), -np.inf)
-    gold = np.full(len(kept), -1)
-    for i, (candidates, name) in enumerate(kept):
-        scores[i, :len(candidates)] = list(candidates.values())
-        gold[i] = list(candidates).index(name) if name in candidates else -1
-    return Choices(scores, gold, softmax(scores, axis=1).max(1), scores.argmax(1) == gold)
-
-
-def reliability(p: np.ndarray, right: np.ndarray, bins: int = 10,
-                mass: bool = False) -> list[tuple[int, float, float]]:
-    """(count, mean p, share right) of each bin that is not empty, of equal width or equal mass."""
+def reliability(p: np.ndarray, right: np.ndarray, mass: bool = False) -> list[tuple]:
+    """(count, mean p, share right) of 10 bins of equal width or equal mass, but for empty ones."""
     if mass:
-        parts = np.array_split(p.argsort(kind="stable"), bins)
+        parts = np.array_split(p.argsort(kind="stable"), 10)
     else:
-        where = np.digitize(p, np.linspace(0, 1, bins + 1)[1:-1], right=True)
-        parts = [np.flatnonzero(where == b) for b in range(bins)]
+        where = np.digitize(p, np.linspace(0, 1, 11)[1:-1], right=True)
+        parts = [np.flatnonzero(where == b) for b in range(10)]
     return [(len(i), float(p[i].mean()), float(right[i].mean())) for i in parts if len(i)]
 
 
 def calibration(p: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """Is p the probability of being right? ECE, the mean gap over 10 bins of equal width or mass
-    (Guo et al. 2017); MCE, the largest gap; Brier score; NLL, nats."""
-    def gaps(mass: bool):
-        return [(count / len(p), abs(at - share))
-                for count, at, share in reliability(p, right, mass=mass)]
-    return {"ECE": sum(weight * gap for weight, gap in gaps(False)),
-            "ECE (equal mass)": sum(weight * gap for weight, gap in gaps(True)),
-            "MCE": max(gap for _, gap in gaps(False)),
+    """Is p the probability of being right (Guo et al. 2017)?"""
+    def ece(mass: bool) -> float:
+        return sum(count * abs(at - share) for count, at, share in reliability(p, right, mass))
+    return {"ECE": ece(False) / len(p), "ECE (equal mass)": ece(True) / len(p),
+            "MCE": max(abs(at - share) for _, at, share in reliability(p, right)),
             "Brier": np.square(p - right).mean(),
             "NLL": -np.log(np.maximum(np.where(right, p, 1 - p), 1e-12)).mean()}
 
 
-def temperature(scores: np.ndarray, gold: np.ndarray) -> float:
-    """The T in [e^-3, e^5] that gives the gold candidates of softmax(l / T) the least NLL."""
-    def nll(log_t: float) -> float:
-        return -log_softmax(scores / np.exp(log_t), axis=1)[range(len(gold)), gold].sum()
-    return float(np.exp(minimize_scalar(nll, bounds=(-3, 5), method="bounded").x))
-
-
-def cross_fitted(scores: np.ndarray, gold: np.ndarray, folds: int = 5) -> np.ndarray:
-    """(m,) p_(1) after temperature scaling, each sample's T fitted on the other folds."""
-    fold, p = np.arange(len(gold)) % folds, np.empty(len(gold))
-    for i in range(folds):
+def cross_fitted(scores: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """(m,) p_(1) of softmax(l / T), each sample's T fitted, by the NLL of the gold candidates, on
+    the other four of five folds."""
+    fold, p = np.arange(len(gold)) % 5, np.empty(len(gold))
+    for i in range(5):
         rest = (fold != i) & (gold >= 0)
-        t = temperature(scores[rest], gold[rest]) if rest.any() else 1.0
-        p[fold == i] = softmax(scores[fold == i] / t, axis=1).max(1)
+        l, right = scores[rest], (range(rest.sum()), gold[rest])
+
+        def nll(log_t: float) -> float:
+            return -log_softmax(l / np.exp(log_t), axis=1)[right].sum()
+        found = minimize_scalar(nll, bounds=(-3, 5), method="bounded").x if len(l) else 0.0
+        p[fold == i] = softmax(scores[fold == i] / np.exp(found), axis=1).max(1)
     return p
-
-
-# --- The program ----------------------------------------------------------------------------------
-
-def grid(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
-    """Rows of text as a table under the first of them, the first column to the left."""
-    if markdown:
-        rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def wrong_and_gain(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     """Of n records: is the direct answer wrong (bool), and what the method gained (-1, 0 or 1)."""
     return (np.array([not r.base.exact for r in records]),
-            np.array([int(r.answer.exact) - int(r.base.exact) for r in records]))
+            np.array([r.answer.exact - r.base.exact for r in records]))
 
 
-def with_interval(value: float, drawn: np.ndarray | None, digits: int = 2) -> str:
-    """A measure as "0.71 [0.58, 0.83]", or without the interval where nothing was drawn."""
-    low, high = (np.nan, np.nan) if drawn is None else interval(drawn)
-    shown = f"{value:.{digits}f}"
-    return shown if drawn is None else f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
+# --- The program ----------------------------------------------------------------------------------
+
+def with_intervals(measure: Callable[..., dict[str, float]], *columns: np.ndarray,
+                   digits: int = 2) -> dict[str, str]:
+    """Each measure of the columns as "0.71 [0.58, 0.83]", by 1,000 resamples of the samples (Efron
+    1979), which are the same for all columns of equal length."""
+    n, texts = len(columns[0]), {}
+    draws = np.random.default_rng(0).integers(n, size=(1000, n))
+    rows = [measure(*(column[draw] for column in columns)) for draw in draws]
+    for name, value in measure(*columns).items():
+        low, high = interval(np.array([row[name] for row in rows]))
+        texts[name] = f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return texts
 
 
-def rank_scores(scores: dict[str, np.ndarray], error: np.ndarray,
-                times: int) -> tuple[str, dict[str, str]]:
-    """Which score ranks the errors first: a table, best first, and the AUROC of each as text."""
-    if error.sum() in (0, len(error)):
-        kind = "wrong" if error.any() else "right"
-        return f"Nothing can be ranked: all {len(error)} direct answers are {kind}.", {}
-    found = {name: ranking(values, error) for name, values in scores.items()}
-    drawn = {name: bootstrap(areas, times, values, error) for name, values in scores.items()}
-    best, *others = sorted(found, key=lambda name: -found[name]["AUROC"])
-    rows, aurocs = [["score", *RANKING, "beside the best"]], {}
-    for name in (best, *others):
-        low, high = interval(drawn[best]["AUROC"] - drawn[name]["AUROC"])
-        cells = [with_interval(found[name][key], drawn[name].get(key)) for key in RANKING]
-        rows.append([name, *cells, "within noise" if low <= 0 <= high else "worse"])
-        aurocs[name] = cells[0]
-    rows[1][-1] = "the best"
-    return (grid(rows) + "\nWithin noise: the 95 % interval of the difference in AUROC to the "
-            "best, over the same resamples, holds 0."), aurocs
+def show(tables: dict[str, list[dict]]) -> None:
+    """Print each table that has a row in Markdown; "-" for NaN, and where a row lacks a column."""
+    def text(cell) -> str:
+        cell = f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+        return "-" if cell == "nan" else cell
+    for title, rows in tables.items():
+        if rows:
+            columns = list(dict.fromkeys(name for row in rows for name in row))
+            texts = [columns, *([text(row.get(name, "-")) for name in columns] for row in rows)]
+            widths = [max(map(len, column)) for column in zip(*texts)]
+            texts.insert(1, ["-" * width for width in widths])
+            lines = [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in texts]
+            print("\n".join([title, "", *lines, ""]))
 
 
-def judge_calibration(records: Sequence[Record], times: int) -> str:
-    """Is p(1) the probability that the first candidate is the gold's, before and after scaling?"""
-    first = choices(records)
-    if first is None:
-        return "p(1): no sample has more than one candidate."
+def rank_scores(scores: dict[str, np.ndarray], error: np.ndarray) -> list[dict]:
+    """Which score ranks the errors first? The best score first, and by how much it leads."""
+    if error.all() or not error.any():
+        return [{"score": f"all {len(error)} direct answers are alike: nothing can be ranked"}]
+    order = sorted(scores, key=lambda name: -areas(scores[name], error)["AUROC"])
+
+    def beside_the_best(score, error, best) -> dict[str, float]:
+        found = areas(score, error)
+        return {**found, "the best's lead": areas(best, error)["AUROC"] - found["AUROC"]}
     rows = []
-    scaled = cross_fitted(first.scores, first.gold)
-    for name, p in (("as it is", first.p), ("temperature, cross-fitted", scaled)):
-        found = calibration(p, first.right)
-        drawn = bootstrap(calibration, times, p, first.right)
-        rows.append([name, f"{first.right.mean():.2f}",
-                     *(with_interval(found[key], drawn[key], 3) for key in found)])
-    return (f"Is p(1) the probability that the first candidate is the gold's tool ({len(first.p)} "
-            "samples with more than one)?\n" + grid([["p(1)", "right", *found], *rows]))
+    for name in order:
+        found, rank = scores[name], rankdata(scores[name])
+        fpr, tpr, _ = roc_curve(error, rank, drop_intermediate=False)
+        rows.append({
+            "score": name, **with_intervals(beside_the_best, found, error, scores[order[0]]),
+            "AUPR": average_precision_score(error, rank), "FPR@95": fpr[tpr >= 0.95 - 1e-12][0]})
+    return rows
 
 
-def judge_gate(run: Run, name: str, score: np.ndarray, times: int) -> str:
-    """What the run's gate is worth, as it is and at matched budgets of a score: against wrong
-    direct answers and, where the method acted, in gain."""
-    error, gain = wrong_and_gain(run.records)
+def judge_calibration(records: Sequence[Record]) -> list[dict]:
+    """Is p(1) the probability that the first candidate is the gold's, before and after scaling?"""
+    scores, gold = choices(records)
+    if len(gold) == 0:
+        return [{"p(1)": "no sample has more than one candidate"}]
+    right, rows = scores.argmax(1) == gold, []
+    for name, p in (("as it is", softmax(scores, axis=1).max(1)),
+                    ("temperature, cross-fitted", cross_fitted(scores, gold))):
+        rows.append({"p(1)": name, "n": len(p), "right": right.mean(),
+                     **with_intervals(calibration, p, right, digits=3)})
+    return rows
+
+
+def judge_gate(run: Run, score: np.ndarray) -> list[dict]:
+    """What a run's gate is worth, as it is and at matched budgets of a score: against wrong direct
+    answers, against "adapting fixes it", and in points gained, of which a sample that was not
+    adapted to has none."""
     flagged = np.array([r.uncertain for r in run.records])
-    acted = any(r.outcome not in ("certain", "direct") for r in run.records)
-    gates = {f"this gate: {flagged.mean():.0%}": flagged}
-    for share in range(10, 101, 10):
-        tau = threshold_between(score, round(share / 100 * len(score)))
-        gates[f"budget {share} %"] = ~(score <= tau)
-    rows = [["adapted", "TPR", "FPR", "precision", *(["fixed", "harmed", "gain"] if acted else [])]]
+    error, gain = wrong_and_gain(run.records)
+    gates, rows = {f"this gate: {flagged.mean():.0%}": flagged}, []
+    for percent in range(10, 101, 10):
+        threshold = threshold_between(score, round(percent / 100 * len(score)))
+        gates[f"budget {percent} %"] = score > threshold
+    best, ideal = cumulative(score, gain).max() / len(gain), (gain > 0).mean()
     for label, on in gates.items():
-        rates, drawn = gate_rates(on, error), bootstrap(gate_rates, times, on, error)
-        gains = [f"{(gain[on] > 0).sum()}", f"{(gain[on] < 0).sum()}",
-                 f"{100 * gain[on].sum() / len(gain):+.1f}"]
-        rows.append([label, *(with_interval(rates[key], drawn[key]) for key in rates),
-                     *(gains if acted else [])])
-    text = f"Is the gate ({name}) useful? Adapted against: the direct answer is wrong\n"
-    return text + grid(rows) + ("\n" + judge_gain(score, flagged, gain, times) if acted else "")
+        now, fixes = gain[on].sum() / len(gain), gate_rates(on, gain > 0)
+        rows.append({"adapted": label, **with_intervals(gate_rates, on, error),
+                     **{f"{name} (fixes)": rate for name, rate in fixes.items()},
+                     "fixed": (gain[on] > 0).sum(), "harmed": (gain[on] < 0).sum(),
+                     "gain": 100 * now, "regret to best tau": 100 * (best - now),
+                     "to ideal gate": 100 * (ideal - now)})
+    return rows
 
 
-def judge_gain(score: np.ndarray, flagged: np.ndarray, gain: np.ndarray, times: int) -> str:
-    """The gate against "adapting fixes it", a random gate, the best tau and the ideal gate."""
-    fixes = gate_rates(flagged, gain > 0)
-    area = bootstrap(lambda s, g: {"Qini": 100 * qini(s, g)}, times, score, gain)["Qini"]
-    best, ideal = 100 * gain_budget(score, gain).max(), 100 * (gain > 0).mean()
-    now = 100 * gain[flagged].sum() / len(gain)
-    return (f"Against \"adapting fixes it\": TPR {fixes['TPR']:.2f}, FPR {fixes['FPR']:.2f}, "
-            f"precision {fixes['precision']:.2f}. Qini, in points over a random gate: "
-            f"{with_interval(100 * qini(score, gain), area)}.\n"
-            f"The ideal gate gains {ideal:.1f} points, the best tau {best:.1f}, this one "
-            f"{now:.1f}; regret: {best - now:.1f} to the best tau, {ideal - now:.1f} to the ideal "
-            "gate. A sample that was not adapted counts as no gain.")
+def tables(run: Run) -> dict[str, list[dict]]:
+    """All that is asked of one run."""
+    scores, gate = scores_of_run(run), run.config.get("gate_score")
+    gate = gate if gate in scores else "margin"
+    error, gain = wrong_and_gain(run.records)
+    area = with_intervals(qini, scores[gate], gain)["Qini"]
+    return {
+        f"{printable(run.folder.name)}: {len(error)} samples, {error.sum()} direct answers wrong. "
+        "Does a score rank those first?": rank_scores(scores, error),
+        "Is p(1) the probability that the first candidate is the gold's tool?":
+            judge_calibration(run.records),
+        f"Is the gate ({gate}) useful, against wrong direct answers and what adapting fixes? Its "
+        f"Qini is {area}, in points over a random gate": judge_gate(run, scores[gate])}
 
 
-def report(run: Run, times: int = 1000) -> tuple[str, dict[str, str]]:
-    """All that is asked of one run, as text, and the AUROC of each score for a table of runs."""
-    if not run.records:
-        raise ValueError(f"{run.folder}: no finished sample yet")
-    tokenizer, (error, _) = tokenizer_of(run.config), wrong_and_gain(run.records)
-    scores = scores_of(run.records, tokenizer)
-    if run.config.get("then_vote") and run.config.get("method") != "base":
-        for name in ("vote_share", "semantic_entropy"):     # adapted models gave these answers
-            scores.pop(name, None)
-    ranked, aurocs = rank_scores(scores, error, times)
-    gate = run.config.get("gate_score", "margin")
-    lines = [f"{printable(run.folder.name)}: {len(error)} samples, {error.sum()} direct answers "
-             "wrong. Does a score rank those first?", ranked]
-    if tokenizer is None:
-        lines.append("Without the model's tokenizer there is no mean_margin, name_* and values_*.")
-    lines += ["", judge_calibration(run.records, times), ""]
-    lines.append(judge_gate(run, gate, scores[gate], times) if gate in scores else
-                 f"The gate's score, {gate}, cannot be computed here.")
-    return "\n".join(lines), aurocs
-
-
+@exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; gives its exit code: 0, or 2 for a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="research.scores", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The program; gives its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--times", type=int, default=1000, help="resamples for the intervals")
-    args = parser.parse_args(argv)
-    try:
-        runs = read_runs(args.runs)
-        reports = [report(run, args.times) for run in runs]
-    except (ValueError, OSError) as error:
-        print(f"research.scores: error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    print("\n\n".join(text for text, _ in reports))
-    if len(reports) > 1:
-        rows = [["score", *(printable(run.folder.name) for run in runs)]]
-        for name in SCORES:
-            cells = [aurocs.get(name, "-") for _, aurocs in reports]
-            rows += [[name, *cells]] if set(cells) != {"-"} else []
-        print("\nAUROC in each run\n" + grid(rows))
+    for run in read_runs(parser.parse_args(argv).runs):
+        if run.records:
+            show(tables(run))
     return 0
 
 

@@ -1,0 +1,26 @@
+"""Records made by hand, for the tests of what reads run folders."""
+import math
+from dataclasses import replace
+
+from evaluate import Record, Verdict
+
+GOLD = '{"name": "f", "arguments": {}}'
+
+
+def verdict(exact: bool, text: str = "f(x=1)") -> Verdict:
+    return Verdict(text, exact, "" if exact else "wrong name: f for g", exact, True, "", exact,
+                   float(exact), float(exact))
+
+
+def record(id, base: bool, answer: bool, margin: float = 0.5, **changes) -> Record:
+    """A sample with two tools, f the likelier one: its direct answer is `base`, and `answer`
+    afterwards. Below 0.6 it was adapted to."""
+    p, unsure = (1 + margin) / 2, margin < 0.6
+    pair = {"request": "Why?", "text": GOLD, "read_back": False}
+    seen = Record(
+        str(id), "What?", margin, unsure, "adapted" if unsure else "certain",
+        {"f": math.log(p), "g": math.log(1 - p)}, verdict(base), verdict(answer),
+        [pair] * unsure, [{"text": "bad", "reason": "unknown argument: y"}] * unsure,
+        [0.5, 0.25] * unsure, [1.0, 2.0] * unsure, {"H": 1.5}, {}, GOLD, True,
+        [-1.0, -float(not base)], [0.25, 0.75], [1], 9)
+    return replace(seen, **changes)
