@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 
-import torch
-
 from data import (Sample, call_json, call_prompt, call_text, request_text, system_message,
                   with_request)
 from data.calls import Call, calls_key, check_call, kind_of, parse_calls, required_arguments
@@ -53,9 +51,9 @@ class Prompt:
     form: Form = Form(("",), ())        # what follows, and is returned; without blanks it is free
 
 
-# (prompts, limit in tokens, temperature, top_p, each prompt's seeds) -> a text for each seed, which
+# (prompts, limit in tokens, temperature, top_p, each prompt's seed) -> a text for each prompt; it
 # begins with the form's first part
-Writer = Callable[[Sequence[Prompt], int, float, float, Sequence[Sequence[tuple]]], list[list[str]]]
+Writer = Callable[[Sequence[Prompt], int, float, float, Sequence[tuple]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -94,23 +92,19 @@ class LocalWriter:
     tokenizer: Tokenizer
     prefixes: PrefixCaches
 
-    def __call__(self, prompts, limit, temperature, top_p, keys) -> list[list[str]]:
-        caches, last, generators, forms = [], [], [], []
-        for prompt, own in zip(prompts, keys):
+    def __call__(self, prompts, limit, temperature, top_p, keys) -> list[str]:
+        caches, last, forms = [], [], []
+        for prompt in prompts:
             head, rest = self.tokenizer.split_chat(prompt.messages)
             rest = rest + self.tokenizer.encode(prompt.start + prompt.form.parts[0])
-            cache = self.prefixes.read(head)
-            with torch.no_grad():
-                self.model(torch.tensor([rest[:-1]], device=self.model.device), cache)
-            caches += [cache] * len(own)                # a prompt is read once for all its texts
-            last += [rest[-1:]] * len(own)
-            generators += [seeded(*key) for key in own]
-            forms += [Filling(prompt.form, self.tokenizer) if prompt.form.closers else None
-                      for _ in own]
-        written = iter(generate(self.model, last, self.tokenizer.eos, limit, KVCache.stack(caches),
-                                temperature, top_p, generators, forms))
-        return [[prompt.form.parts[0] + self.tokenizer.decode(next(written).ids) for _ in own]
-                for prompt, own in zip(prompts, keys)]
+            caches.append(self.prefixes.read(head, rest[:-1]))
+            last.append(rest[-1:])
+            forms.append(Filling(prompt.form, self.tokenizer) if prompt.form.closers else None)
+        generators = [seeded(*key) for key in keys]
+        written = generate(self.model, last, self.tokenizer.eos, limit, KVCache.stack(caches),
+                           temperature, top_p, generators, forms)
+        return [prompt.form.parts[0] + self.tokenizer.decode(row.ids)
+                for prompt, row in zip(prompts, written)]
 
 
 @dataclass(frozen=True)
@@ -133,25 +127,23 @@ class ServerWriter:
             raise ValueError(f"--teacher {self.url}: OPENAI_API_KEY would travel unencrypted; use "
                              "https, or unset the key")
 
-    def __call__(self, prompts, limit, temperature, top_p, keys) -> list[list[str]]:
+    def __call__(self, prompts, limit, temperature, top_p, keys) -> list[str]:
         from huggingface_hub import InferenceClient     # only here: it takes a second to import
-        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"    # not the hub's own token
-        client = InferenceClient(base_url=self.url, api_key=key, timeout=self.timeout)
+        secret = os.environ.get("OPENAI_API_KEY", "").strip() or "none"     # not the hub's token
+        client = InferenceClient(base_url=self.url, api_key=secret, timeout=self.timeout)
         jobs = []
-        for prompt, own in zip(prompts, keys):
+        for prompt, key in zip(prompts, keys):
             *before, last = prompt.messages
             start = prompt.start + prompt.form.parts[0]
             if start:           # the API cannot begin the assistant's turn, so the user asks for it
                 last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
                                            f"Write what follows, and nothing else:\n{start}"}
-            for draw in own:
-                seed = seeded(*draw).initial_seed() % 2 ** 31       # where the server heeds it
-                body = dict(messages=[*before, last], model=self.model, seed=seed,
-                            temperature=temperature, top_p=top_p)
-                jobs.append((start, prompt.form.parts[0], body))
+            seed = seeded(*key).initial_seed() % 2 ** 31        # where the server heeds it
+            body = dict(messages=[*before, last], model=self.model, seed=seed,
+                        temperature=temperature, top_p=top_p)
+            jobs.append((start, prompt.form.parts[0], body))
         with ThreadPool(8) as pool:
-            texts = iter(list(pool.imap(lambda job: self.ask(client, *job), jobs)))
-        return [[next(texts) for _ in own] for own in keys]
+            return list(pool.imap(lambda job: self.ask(client, *job), jobs))
 
     def ask(self, client, start: str, first: str, request: dict) -> str:
         """`first`, and what is written after `start`, which is not repeated. A busy, broken or late
@@ -241,9 +233,8 @@ def asked(sample: Sample, text: str) -> list[dict]:
 def write_each(writer: Writer, samples: Sequence[Sample], prompts: Sequence[Prompt], attempt: int,
                config, limit: int = MAX_REQUEST_TOKENS + MAX_CALL_TOKENS) -> list[str]:
     """One sampled text for each sample's prompt; what it draws depends on it and the attempt."""
-    keys = [[(config.seed, sample.id, "pair", attempt)] for sample in samples]
-    written = writer(prompts, limit, config.temperature, config.top_p, keys)
-    return [text for text, in written]
+    keys = [(config.seed, sample.id, "pair", attempt) for sample in samples]
+    return writer(prompts, limit, config.temperature, config.top_p, keys)
 
 
 # ----------------------------------------------------- --pair call: first y', then its request x'
@@ -314,9 +305,9 @@ def read_back(writer: Writer, drafts: Sequence[Draft], h: dict, config) -> None:
         begun = f'{answer_start(h[draft.sample.id].text)}{quoted(call.name)[1:]}, "arguments":'
         messages = call_prompt(with_request(draft.sample, draft.request))
         prompts.append(Prompt(messages, "", Form((begun,), ())))
-    keys = [[(config.seed, draft.sample.id, "read back")] for draft in drafts]
+    keys = [(config.seed, draft.sample.id, "read back") for draft in drafts]
     written = writer(prompts, MAX_CALL_TOKENS, 0.0, 1.0, keys)
-    for draft, own, (text,) in zip(drafts, calls, written):
+    for draft, own, text in zip(drafts, calls, written):
         read, tools = parse_calls(text).calls[:1], draft.sample.tools
         draft.written.append(text)
         draft.read_back = calls_key(read, tools) == calls_key(own, tools)
@@ -359,8 +350,8 @@ def synthesize(writer: Writer, samples: Sequence[Sample], h: dict, config,
         for draft in write(writer, todo, h, attempt, config):
             own = found[draft.sample.id]
             own.texts += draft.written
-            earlier = [value for pair in own.pairs for value in (pair.request, pair.text)]
-            if not draft.reason and (draft.request in earlier or draft.text in earlier):
+            copied = any(draft.request == p.request or draft.text == p.text for p in own.pairs)
+            if copied and not draft.reason:
                 draft.reason = "copy of an earlier pair"
             if draft.reason:
                 own.rejected.append(Rejected(draft.written[0], draft.reason))

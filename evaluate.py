@@ -75,7 +75,7 @@ def exact_match(text: str, sample: Sample) -> Verdict:
     reason = _reason(keys(calls), keys(gold))
     return Verdict(
         text, exact=not reason, reason=reason, parsed=bool(calls), recovery=parsed.recovery,
-        strict=not reason and parsed.strict and same_types,
+        strict=not reason and not parsed.recovery and same_types,
         name_correct=names(calls) == names(gold), name_f1=f1(names(calls), names(gold)),
         argument_f1=f1(values(calls), values(gold)))
 
@@ -247,7 +247,7 @@ def printable(text: str) -> str:
 def story(record: Record, tau: float) -> str:
     """What happened to one sample, in the order of Algorithm 1, for the terminal."""
     rows = [("sample", f"{record.id}: {record.outcome}"), ("request", record.request)]
-    best = max(record.candidates.values(), default=0.0)
+    best = max(record.candidates.values())
     weights = {name: math.exp(l - best) for name, l in record.candidates.items()}
     for name in sorted(weights, key=weights.get, reverse=True):
         p = weights[name] / sum(weights.values())               # Relative Softmax Scoring

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -77,7 +77,7 @@ class KVCache:
 
     def claim(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Take T slots for `ids` (B, T): their positions (B, T), and who sees whom as a mask
-        (B or 1, 1, T, S), or None where each sees all that came before."""
+        (B, 1, T, S), or None where each sees all that came before."""
         T, past = ids.shape[1], self.length
         self.ids = ids if past == 0 else torch.cat((self.ids, ids), dim=1)
         self.holes = self.holes or bool((ids == PAD).any())
@@ -87,8 +87,6 @@ class KVCache:
         positions = (there.cumsum(1) - 1)[:, past:].clamp(min=0)
         slot = torch.arange(past + T, device=ids.device)
         own = slot[past:, None]
-        if not self.holes:
-            return positions, (slot <= own)[None, None]
         # a hole sees itself, so that no softmax runs over an empty set
         return positions, ((slot <= own) & there[:, None] | (slot == own))[:, None]
 
@@ -102,12 +100,11 @@ class KVCache:
         self.keys[layer:layer + 1], self.values[layer:layer + 1] = [keys], [values]
         return keys, values
 
-    def fork(self, rows: int | None = None) -> "KVCache":
+    def fork(self, rows: int = -1) -> "KVCache":
         """A cache that goes on from here on its own; rows: its one row as so many."""
-        def same(t):
-            return t if rows is None else t.expand(rows, *t.shape[1:])
+        def same(t): return t.expand(rows, *t.shape[1:])        # -1: as they are
         other = KVCache()
-        other.ids, other.holes = None if self.ids is None else same(self.ids), self.holes
+        other.ids, other.holes = same(self.ids), self.holes
         other.keys, other.values = [same(t) for t in self.keys], [same(t) for t in self.values]
         return other
 
@@ -180,8 +177,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
            mask: torch.Tensor | None) -> torch.Tensor:
-    """Attention of queries (B, H, T, K) to keys and values (B, G, S, K) where mask (B or 1, 1,
-    T, S) is True, or without one to all that came before; (B, H, T, K)."""
+    """Attention of queries (B, H, T, K) to keys and values (B, G, S, K) where mask (B, 1, T, S)
+    is True, or without one to all that came before; (B, H, T, K)."""
     (B, H, T, K), G = q.shape, k.shape[1]
     if mask is None and T > 1:      # only where nothing was cached: is_causal is top-left aligned
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -275,11 +272,12 @@ class Qwen2(nn.Module):
         head_dim = config.hidden_size // config.num_attention_heads
         cos, sin = rotary_angles(positions, head_dim, config.rope_theta)
         x = self.model.embed_tokens(ids.clamp(min=0))
+
+        def on_a_fork(block, x):        # a block is passed twice, so what it caches is dropped
+            return block(x, cos, sin, mask, cache.fork())
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                # twice through a block, so each time on a fork that is dropped
-                again = partial(lambda block, x: block(x, cos, sin, mask, cache.fork()), block)
-                x = checkpoint(again, x, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(on_a_fork, block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, mask, cache)
         return self.model.norm(x)
@@ -534,9 +532,9 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int]
              max_new_tokens: int = 256, cache: KVCache | None = None, temperature: float = 0.0,
              top_p: float = 1.0, generators: Sequence[torch.Generator] = (),
              forms: Sequence[Filling | None] = ()) -> list[Decoded]:
-    """What follows each of B prompts, which continue `cache` by at least one token each; a cache
-    of one row serves all. temperature 0 is greedy; else each row has its own generator, so its
-    text does not depend on its neighbours. Rows that have ended stay, as holes, until all have.
+    """What follows each of B prompts, which continue the B rows of `cache` by at least one token
+    each. temperature 0 is greedy; else each row has its own generator, so its text does not depend
+    on its neighbours. Rows that have ended stay, as holes, until all have.
 
     A row with a form fills its blanks, and ends with the last of them; its ids hold the parts, too.
 
@@ -544,9 +542,6 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int]
     draws, as well: tool calls copy from the prompt, so this is the same text in half the passes.
     """
     cache = KVCache() if cache is None else cache.fork()
-    if cache.length and len(cache.ids) < len(prompts):
-        cache = cache.fork(len(prompts))
-    context = [*(cache.ids[0].tolist() if cache.length else []), *prompts[0]]
     rows = [Decoded(form) for form in forms or [None] * len(prompts)]
     pending, draft = prompts, []
     while True:
@@ -566,10 +561,9 @@ def generate(model: Qwen2, prompts: Sequence[Sequence[int]], eos: frozenset[int]
             pending = [row.write(t, eos, max_new_tokens) for row, t in zip(rows, tokens)]
             if all(row.ended for row in rows):
                 return rows
-            context += pending[0]
             if read == len(draft) or pending[0] != [draft[read]]:
                 break
         if draft:
             cache.cut(start + len(old[0]) + read)       # what was drafted wrongly is forgotten
         left = max_new_tokens - len(rows[0].ids) - 1
-        draft = look_up(context)[:left] if len(rows) == 1 else []
+        draft = look_up([*cache.ids[0].tolist(), *pending[0]])[:left] if len(rows) == 1 else []

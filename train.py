@@ -138,13 +138,11 @@ class Assessed:
 
 def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Assessed]:
     """H and the direct answers of a batch: how sure is theta_0 of each sample?"""
-    model, tokenizer, lines, caches, last = agent.model, agent.tokenizer, [], [], []
+    model, tokenizer = agent.model, agent.tokenizer
+    caches, last, lines = [], [], []
     for sample in samples:
         head, rest = tokenizer.split_chat(call_prompt(sample))      # the tools; the request
-        cache = agent.prefixes.read(head)
-        with torch.no_grad():                                       # x is read once, for all
-            model(torch.tensor([rest[:-1]], device=model.device), cache)
-        caches.append(cache)
+        caches.append(agent.prefixes.read(head, rest[:-1]))         # x is read once, for all
         last.append(rest[-1:])
     answers = generate(model, last, tokenizer.eos, config.max_new_tokens, KVCache.stack(caches))
     for sample, answer, cache, end in zip(samples, answers, caches, last):
@@ -192,12 +190,12 @@ def answer_loss(model: Qwen2, batch: Sequence[Example], prefix: KVCache | None) 
     return torch.stack(losses)
 
 
-def schedule(step: int, steps: int, warmup: float = 0.03) -> float:
+def schedule(step: int, steps: int) -> float:
     """The share of the peak learning rate at a step (from 0): a linear warm-up, then a cosine."""
     # paper: 3 % of the steps warm up.
     # ours: the warm-up is rounded down. The usual scheduler rounds it up to a whole step of
     # learning rate 0, which of five steps would be one that does nothing.
-    warm = int(warmup * steps)
+    warm = int(0.03 * steps)
     if step < warm:
         return step / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
@@ -386,7 +384,7 @@ class Kept:
         lines = {}
         files = [file for file in self.folder.glob("*.jsonl") if file.name.startswith(f"{name}.")]
         for file in sorted(files):
-            if self.known["fresh"] and self.computing:
+            if self.known["fresh"]:
                 file.unlink()
                 continue
             for number, text in enumerate(file.read_bytes().split(b"\n")[1:], 2):
@@ -427,13 +425,14 @@ SILENT = ("bench", "model", "method", "seed", "batch", "checkpointing", "out", "
 
 def choose(config: Config) -> Config:
     """Fill in what the user left open, and say what was chosen."""
-    device = config.device
+    device, dtype = config.device, config.dtype
     if device == "auto":
-        gpu = torch.cuda.is_available()
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+        found = torch.cuda.is_available()
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if found else "cpu"
     gpu = device.startswith("cuda")
+    if dtype == "auto":
+        dtype = "bfloat16" if gpu else "float32"
     model = config.model or ("Qwen/Qwen2.5-1.5B-Instruct" if gpu else "tiny")
-    dtype = {"auto": "bfloat16" if gpu else "float32"}.get(config.dtype, config.dtype)
     source = config.data or ("bundled" if model == "tiny" else "")
     told = [f"{f.name}={Path(str(getattr(config, f.name))).name}" for f in fields(config)
             if f.name not in SILENT and getattr(config, f.name) != f.default]
@@ -448,18 +447,17 @@ def choose(config: Config) -> Config:
 
 def load_local(name: str, config: Config) -> LocalWriter:
     """A model with its tokenizer and caches: the agent's own, or a teacher's."""
-    folder = TINY if name == "tiny" else qwen.find_checkpoint(name, config.offline)
     if name == "tiny":
         torch.set_num_threads(1)        # on matrices this small, more get in each other's way
-    model = qwen.load_model(folder, config.device, getattr(torch, config.dtype),
-                            config.pack and config.device == "cpu" and name != "tiny")
+    folder = TINY if name == "tiny" else qwen.find_checkpoint(name, config.offline)
+    pack = config.pack and config.device == "cpu" and name != "tiny"
+    model = qwen.load_model(folder, config.device, getattr(torch, config.dtype), pack)
     return LocalWriter(model, Tokenizer(folder), PrefixCaches(model))
 
 
 def set_up(config: Config) -> tuple[Agent, list[Sample]]:
     """Load samples and model; ValueError or OSError in one sentence for what is not sound."""
-    bundled = config.data == "bundled"
-    samples = data.load(config.bench, "" if bundled else config.data, config.offline, bundled)
+    samples = data.load(config.bench, config.data, config.offline)
     seen = json.dumps([asdict(sample.without_answers()) for sample in samples])
     samples = samples[:config.limit or None]
     try:
@@ -509,47 +507,47 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, kept: Kept,
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     share, records, size = samples[rank::world], {}, agent.batch
 
-    def note(part: Sequence[Sample], kept: Kept) -> None:
+    def improved(part: Sequence[Sample], kept: Kept) -> dict[str, Record]:
         outcomes = improve(agent, [x.without_answers() for x in part], config, kept)
-        for sample, outcome in zip(part, outcomes):
-            records[sample.id] = record_of(agent, sample, config, outcome)
+        return {x.id: record_of(agent, x, config, outcome) for x, outcome in zip(part, outcomes)}
 
-    def stop(*_): raise KeyboardInterrupt
     for number in (signal.SIGINT, signal.SIGTERM):      # also where a shell's job ignores SIGINT
-        signal.signal(number, stop)
+        signal.signal(number, signal.default_int_handler)       # raises KeyboardInterrupt
     try:
         with tqdm(total=len(share), unit="sample", dynamic_ncols=True, disable=rank > 0) as bar:
             for batch in [share[i:i + size] for i in range(0, len(share), size)]:
-                note(batch, kept)
+                records |= improved(batch, kept)
                 bar.update(len(batch))
                 right = sum(r.answer.exact for r in records.values())
                 bar.set_postfix_str(f"{right / len(records):.0%} right")
     except KeyboardInterrupt:
         print(f"Interrupted after {len(records)} samples: the same command goes on.")
-        return join(samples, config, agent.facts, records) or 130
+        join(samples, config, agent.facts, records)
+        return 130
     if fingerprint(agent.model) != agent.facts["weights"]:
         raise ValueError("the base weights have changed: this run's lines are not to be trusted")
     everybody = Kept(config, agent.facts, computing=False)      # what all processes have kept
     for sample in [x for x in samples if x.id not in records]:
         try:
-            note([sample], everybody)
+            records |= improved([sample], everybody)
         except KeyError:                                        # it is not there yet
             continue
     if len(records) < len(samples):
         print(f"{len(samples) - len(records)} samples are with other processes; where one was "
               "killed, the same command computes them.")
-        return 0
-    return join(samples, config, agent.facts, records)
+    else:
+        join(samples, config, agent.facts, records)
+    return 0
 
 
-def join(samples: Sequence[Sample], config: Config, facts: dict, records: dict) -> int:
+def join(samples: Sequence[Sample], config: Config, facts: dict, records: dict) -> None:
     """Write the run folder, and tell what came out."""
     folder, ordered = Path(config.out), [records[x.id] for x in samples if x.id in records]
     write_run(folder, asdict(config) | {"facts": facts}, ordered)
     print(table([read_run(folder)]))
-    for record in sorted(ordered, key=lambda r: r.base.exact == r.answer.exact)[:1]:
-        print(f"Next: python evaluate.py {folder} --sample {record.id}    tells its story.")
-    return 0
+    if ordered:
+        changed = min(ordered, key=lambda r: r.base.exact == r.answer.exact)    # if any has
+        print(f"Next: python evaluate.py {folder} --sample {changed.id}    tells its story.")
 
 
 def exit_codes(main: Callable) -> Callable:

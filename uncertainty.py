@@ -37,8 +37,6 @@ def softmax_difference(log_likelihoods: torch.Tensor) -> float:
 
     softmax_difference(torch.tensor([0.7, 0.2, 0.1]).log()) -> 0.5
     """
-    if len(log_likelihoods) == 0:
-        raise ValueError("no candidate to score: the sample offers no tool")
     if len(log_likelihoods) == 1:
         return 1.0
     first, second = relative_softmax(log_likelihoods.double()).topk(2).values.tolist()
@@ -53,8 +51,6 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
     cache: the prompt but for its last tokens, which are `last`; it is left as it was. begun: how
     the answer begins, up to the name.
     """
-    if not names:
-        raise ValueError("no candidate to score: the sample offers no tool")
     # paper: a sum over the action's tokens (NLL).
     # ours: the end of the name belongs to the action (else `get` wins over `get_user`, being its
     # beginning), as the sum over all tokens that begin with a quotation mark. Which one of them
@@ -86,8 +82,9 @@ class PrefixCaches:
         self.caches: OrderedDict[tuple[int, ...], KVCache] = OrderedDict()
 
     @torch.no_grad()
-    def read(self, ids: Sequence[int]) -> KVCache:
-        """A cache that holds `ids`, to be continued freely: it is a fork of the kept one."""
+    def read(self, ids: Sequence[int], rest: Sequence[int] = ()) -> KVCache:
+        """A cache that holds `ids`, and then `rest`, to be continued freely: it is a fork of the
+        kept one, which ends with `ids`."""
         key = tuple(ids)
         if key not in self.caches:
             cache = KVCache()
@@ -96,7 +93,10 @@ class PrefixCaches:
             while len(self.caches) > 1 and self.bytes() > self.max_bytes:
                 self.caches.popitem(last=False)
         self.caches.move_to_end(key)
-        return self.caches[key].fork()
+        cache = self.caches[key].fork()
+        if rest:
+            self.model(torch.tensor([rest], device=self.model.device), cache)
+        return cache
 
     def bytes(self) -> int:
         return sum(t.nbytes for c in self.caches.values() for t in (*c.keys, *c.values))

@@ -83,17 +83,17 @@ def need(holds: object, where: Path | str, what: str) -> None:
         raise ValueError(f"{where}: {what}; mend the file, or give another with --data")
 
 
-def load(bench: str, data: str = "", offline: bool = False, bundled: bool = False) -> list[Sample]:
+def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
     """A benchmark's samples in file order; sample i is named f"{bench}-{i}". The file is `data`,
     or in the folder `data`; else in the folder $TTSI_DATA; else in the cache (~/.cache/ttsi or
-    $XDG_CACHE_HOME/ttsi), downloaded there unless `offline`. `bundled` takes the generated stand-in
+    $XDG_CACHE_HOME/ttsi), downloaded there unless `offline`. "bundled" is the generated stand-in
     in data/samples. Raises ValueError (where the file is wrong, and how) or OSError (no file)."""
     if bench not in PUBLISHED:
         raise ValueError(f"unknown benchmark {bench!r}; choose one of {', '.join(PUBLISHED)}")
     name, blob = PUBLISHED[bench]
     own = os.path.expanduser(data or os.environ.get("TTSI_DATA", ""))
     path = Path(own, name) if os.path.isdir(own) else Path(own)
-    if bundled:
+    if data == "bundled":
         path = Path(__file__).parent / "samples" / f"{bench}.json"
     elif not own or (os.path.isdir(own) and not data and not path.is_file()):
         path = cached_file(URL + name, blob, offline)

@@ -26,8 +26,7 @@ class Call:
 class Parsed:
     """The calls in a text, and how far the text is from the form asked for."""
     calls: tuple[Call, ...]
-    strict: bool        # the text is the form asked for and nothing else
-    recovery: str       # "" if strict, "unparsable" if no answer, else what was forgiven
+    recovery: str       # "" if it is just that, "unparsable" if no answer, else what was forgiven
 
 
 # --- Reading: text -> calls -----------------------------------------------------------------------
@@ -70,7 +69,7 @@ def _checked(code: str) -> str:
 
 def _plain(value: object) -> object:
     """`value` as JSON gives it back; raises for what no file can hold, as NaN or a set."""
-    return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode().decode())
+    return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
 
 
 def _read(text: str) -> tuple[object, bool]:
@@ -144,12 +143,12 @@ def _block_calls(text: str) -> tuple[list[Call], str]:
 def parse_calls(text: str) -> Parsed:
     """The calls in a model's answer. It never raises, and takes time linear in the text's length.
 
-    Strict is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
+    Asked for is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
     times. Recoveries: "python notation" and "other form" (prose, fences, a list, other keys, ...).
     "" and "[]" say that no call is needed. Any other text without calls is never right."""
     text = text.strip()
     if re.fullmatch(r"(\[\s*\])?", text):
-        return Parsed((), text == "", "other form" if text else "")
+        return Parsed((), "other form" if text else "")
     # ours: half an answer is no answer. If one object or block cannot be read, none is.
     # Python notation comes first: in f(user={"name": ..., "arguments": ...}), the call is of f.
     readers = (_python_calls, _json_calls, _block_calls)
@@ -159,8 +158,8 @@ def parse_calls(text: str) -> Parsed:
         except (SyntaxError, TypeError, ValueError):
             continue
         if calls:
-            return Parsed(tuple(calls), not recovery, recovery)
-    return Parsed((), False, "unparsable")
+            return Parsed(tuple(calls), recovery)
+    return Parsed((), "unparsable")
 
 
 # --- Checking: call -> what is wrong with it ------------------------------------------------------

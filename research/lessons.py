@@ -12,6 +12,7 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,12 @@ def answers(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> li
     """For each draft, LABELS sampled answers to its request, which are noted as written."""
     if not drafts:
         return []
-    prompts = [Prompt(call_prompt(with_request(d.sample, d.request))) for d in drafts]
-    keys = [[(config.seed, d.sample.id, "label", attempt, i) for i in range(LABELS)]
-            for d in drafts]
-    texts = writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys)
+    prompts, keys = [], []
+    for draft in drafts:
+        prompts += [Prompt(call_prompt(with_request(draft.sample, draft.request)))] * LABELS
+        keys += [(config.seed, draft.sample.id, "label", attempt, i) for i in range(LABELS)]
+    written = iter(writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys))
+    texts = [list(islice(written, LABELS)) for _ in drafts]
     for draft, own in zip(drafts, texts):
         draft.written += own
     return texts

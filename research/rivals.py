@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import islice
 
 import torch
 
@@ -85,10 +86,10 @@ class Sampled:
 
 def draw(writer: Writer, samples: Samples, config: RivalConfig) -> list[Sampled]:
     """--draws sampled answers to the usual prompt, each from a generator of its own."""
-    prompts = [Prompt(call_prompt(x)) for x in samples]
-    keys = [[(config.seed, x.id, "sample", i) for i in range(config.draws)] for x in samples]
-    texts = writer(prompts, config.max_new_tokens, config.temperature, config.top_p, keys)
-    return [Sampled(x.id, own) for x, own in zip(samples, texts)]
+    prompts = [Prompt(call_prompt(x)) for x in samples for _ in range(config.draws)]
+    keys = [(config.seed, x.id, "sample", i) for x in samples for i in range(config.draws)]
+    texts = iter(writer(prompts, config.max_new_tokens, config.temperature, config.top_p, keys))
+    return [Sampled(x.id, list(islice(texts, config.draws))) for x in samples]
 
 
 SAMPLED = Stage("S", Sampled, ("draws", "temperature", "top_p", "seed"), (augment, draw), train.H)

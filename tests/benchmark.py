@@ -91,7 +91,7 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
     clock("score", score, len(rest) + sum(len(tokenizer.encode(name)) for name in names))
     clock("direct answer", lambda: generate(model, [rest[-1:]], frozenset(), NEW, cache))
     writer, ask = LocalWriter(model, tokenizer, prefixes), pair_prompt(sample)
-    clock("pair", lambda: writer([ask], 2 * NEW, config.temperature, config.top_p, [[("pair",)]]),
+    clock("pair", lambda: writer([ask], 2 * NEW, config.temperature, config.top_p, [("pair",)]),
           2 * NEW)
     tools = prefixes.read(head)
     for adapt, prompt, prefix in (("full", head + rest, None), ("suffix", rest, tools)):
@@ -268,7 +268,7 @@ def main() -> None:
     tokenizer.eos = frozenset()             # both sides write on to the limit
     model = random_model(args.random, args.device, dtype) if args.random else \
         load_model(args.model, args.device, dtype, args.device == "cpu")
-    samples = data.load(args.bench, args.data, bundled=not args.data)
+    samples = data.load(args.bench, args.data or "bundled")
     if args.random:
         tools = {tool["name"]: tool for sample in samples for tool in sample.tools}
         samples = [replace(x, tools=tuple(({t["name"]: t for t in x.tools} | tools).values())[:24])

@@ -38,8 +38,8 @@ class Script:
 
     def __call__(self, prompts, limit, temperature, top_p, keys):
         self.prompts += prompts
-        self.keys += [tuple(key) for own in keys for key in own]
-        return [[self.texts.pop(0) for _ in own] for own in keys]
+        self.keys += keys
+        return [self.texts.pop(0) for _ in keys]
 
 
 def write(*texts: str, sample: Sample = SAMPLE, line: Assessed = assessed(), **changes):

@@ -59,10 +59,10 @@ FORMS = {       # what is forgiven: texts of one call, or of the same call twice
 
 
 @pytest.mark.parametrize("recovery, text", [(r, text) for r in FORMS for text in FORMS[r]])
-def test_what_is_forgiven_is_named_and_only_closed_blocks_alone_are_strict(recovery, text):
+def test_what_is_forgiven_is_named_and_in_closed_blocks_alone_there_is_nothing(recovery, text):
     parsed = parse_calls(text)
     assert parsed.calls in (ONE_CALL, ONE_CALL * 2)
-    assert (parsed.recovery, parsed.strict) == (recovery, recovery == "")
+    assert parsed.recovery == recovery
 
 
 @pytest.mark.parametrize("value", [
@@ -87,7 +87,7 @@ def test_what_stands_inside_a_python_call_is_its_argument_in_json_and_no_call(va
     "x = f()", "o.f(a=1)", "f()()", "f(a='\0')", "import os", "__import__('os').system('true')",
     "f(a='\\d')", 'f(a="""x""")', f"f(a={'(' * 40}1{')' * 41}"])
 def test_what_is_no_call_is_unparsable(text):
-    assert parse_calls(text) == Parsed((), False, "unparsable")
+    assert parse_calls(text) == Parsed((), "unparsable")
 
 
 def test_arguments_may_nest_as_deep_as_the_limit_and_no_deeper():
@@ -95,7 +95,7 @@ def test_arguments_may_nest_as_deep_as_the_limit_and_no_deeper():
     for value, strict in (("[" * deep + "]" * deep, True),
                           ("[" * (deep + 1) + "]" * (deep + 1), False),
                           ('["]",' * 20000 + "1" + "]" * 20000, False)):      # no depth is hidden
-        assert parse_calls(BLOCK.replace("1", value)).strict == strict
+        assert (parse_calls(BLOCK.replace("1", value)).recovery == "") == strict
 
 
 @pytest.mark.parametrize("piece", [
@@ -257,7 +257,7 @@ many = settings(max_examples=80, deadline=None)
                           st.dictionaries(st.text(max_size=8), FINITE, max_size=3)), max_size=3))
 @example([Call("f", {"a": "</tool_call>\n<tool_call>", "b": "```json {[\" '"})])
 def test_an_answer_in_the_form_asked_for_is_read_as_it_was_written(calls):
-    assert parse_calls(call_text(calls)) == Parsed(tuple(calls), True, "")
+    assert parse_calls(call_text(calls)) == Parsed(tuple(calls), "")
 
 
 @many
@@ -275,7 +275,6 @@ def test_any_text_even_a_damaged_answer_is_read_and_its_scores_agree(said, gold,
     for answer in (whole, text, whole[:start] + text + whole[start + cut:]):
         parsed, v = parse_calls(answer), exact_match(answer, sample(*gold))
         says_none = "".join(answer.split()) in ("", "[]")
-        assert parsed.strict == (parsed.recovery == "")
         assert (parsed.recovery == "unparsable") == (not parsed.calls and not says_none)
         assert 0 <= v.name_f1 <= 1 and 0 <= v.argument_f1 <= 1 and (v.exact or not v.strict)
         same = calls_key(parsed.calls, TOOLS) == calls_key(gold, TOOLS)

@@ -151,11 +151,11 @@ def test_rows_of_a_batch_equal_each_decoded_alone_by_full_passes(how, model):
     assert_same(turned[::-1], alone)
 
 
-def test_a_cache_of_one_row_serves_all_prompts_and_is_left_as_it_was(model):
-    cache, lasts = read(model, torch.tensor([PROMPTS[1]])), [[7], [8, 9, 7]]
-    rows = generate(model, lasts, NEVER, 16, cache)
-    assert_same(rows, [plain(model, PROMPTS[1] + last) for last in lasts])
-    assert cache.length == 17 and len(cache.ids) == 1
+def test_a_cache_is_left_as_it_was(model):
+    cache = read(model, torch.tensor([PROMPTS[1]]))
+    for last in ([7], [8, 9, 7]):
+        row, = generate(model, [last], NEVER, 16, cache)
+        assert row.ids == plain(model, PROMPTS[1] + last).ids and cache.length == 17
 
 
 @pytest.mark.parametrize("how", [GREEDY, PEAKED], ids=["greedy", "sampled"])

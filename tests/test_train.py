@@ -19,7 +19,7 @@ from uncertainty import PrefixCaches, answer_start, score_candidates, softmax_di
 CONFIG = train.choose(Config(bench="toolalpaca", model="tiny", device="cpu", tau=1.0, k=2, epochs=2,
                              lr=1e-3, max_new_tokens=24))
 # Of the first alone the model is very unsure; for the second it finds one pair, for the others two.
-SAMPLES = [data.load("toolalpaca", bundled=True)[i] for i in (26, 28, 6)]
+SAMPLES = [data.load("toolalpaca", "bundled")[i] for i in (26, 28, 6)]
 
 
 @pytest.fixture(scope="module")

@@ -88,13 +88,6 @@ def test_a_name_that_begins_with_punctuation_is_read_as_it_is_written(model, tok
     assert (found - expected).abs().max() < 1e-4
 
 
-def test_no_candidate_is_an_error_and_not_a_number(model, tokenizer, prompt):
-    with pytest.raises(ValueError, match="no candidate"):
-        softmax_difference(torch.empty(0))
-    with pytest.raises(ValueError, match="no candidate"):
-        score(model, tokenizer, prompt, [])
-
-
 def test_a_prefix_is_read_once_and_its_forks_do_not_change_the_kept_one(model):
     caches, passes, rest = PrefixCaches(model), [], torch.tensor([[7, 8, 9]])
     expected = model(torch.tensor([[*range(10), 7, 8, 9]]))[:, 10:]

@@ -61,8 +61,8 @@ def test_vote_takes_what_most_call_and_retry_the_first_that_fits(rival, h, s, ex
 
 
 def test_an_answer_is_drawn_by_its_seed_id_and_number():
-    def writer(prompts, limit, temperature, top_p, own):
-        return [[str(key) for key in keys] for keys in own]
+    def writer(prompts, limit, temperature, top_p, keys):
+        return [str(key) for key in keys]
     drawn, = rivals.draw(writer, SAMPLES[:1], replace(CONFIG, seed=7))
     assert drawn.texts == [str((7, SAMPLES[0].id, "sample", i)) for i in range(2)]
 
