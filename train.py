@@ -384,7 +384,7 @@ class Kept:
         lines = {}
         files = [file for file in self.folder.glob("*.jsonl") if file.name.startswith(f"{name}.")]
         for file in sorted(files):
-            if self.known["fresh"]:
+            if self.known["fresh"] and self.computing:      # who only reads never deletes
                 file.unlink()
                 continue
             for number, text in enumerate(file.read_bytes().split(b"\n")[1:], 2):

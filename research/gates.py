@@ -81,6 +81,7 @@ def improve(agent: Agent, samples: Sequence[Sample], config: GateConfig, kept: K
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
+    """The program; gives its exit code."""
     config = train.choose(train.parse_args(argv, GateConfig, __doc__))
     config = replace(config, uses_labels=config.gate == "oracle")
     agent, samples = train.set_up(config)

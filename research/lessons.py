@@ -199,6 +199,7 @@ def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept:
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
+    """The program; gives its exit code."""
     config = train.choose(train.parse_args(argv, LessonConfig, __doc__))
     config = replace(config, uses_labels=config.lesson == "gold")
     agent, everyone = train.set_up(replace(config, limit=0))

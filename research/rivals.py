@@ -254,6 +254,7 @@ def judged(record: Record, samples: Samples, agent: Agent) -> Record:
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
+    """The program; gives its exit code."""
     config = train.parse_args(argv, RivalConfig, __doc__)
     # a rival is a method: so it is called in config.json and in the run folder's name
     config = train.choose(replace(config, method=config.rival or config.method, rival=""))

@@ -112,6 +112,7 @@ def improve(agent: Agent, samples: Sequence[Sample], config: StreamConfig, kept:
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
+    """The program; gives its exit code."""
     config = train.choose(train.parse_args(argv, StreamConfig, __doc__))
     if config.reset == "never" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--reset never: one adapter learns in one process")
