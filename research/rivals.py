@@ -21,8 +21,9 @@ import torch
 import augment
 import data
 import train
-from augment import LocalWriter, Prompt, Writer, check_text, synthesize
+from augment import LocalWriter, Prompt, Writer, check_text, in_form_of, stands_in, synthesize
 from data import Sample, call_prompt, call_text, request_text, with_request
+from data.calls import Call, parse_calls, required_arguments
 from evaluate import Record, exact_match
 from lora import Params, adapters
 from model import seeded
@@ -36,13 +37,16 @@ RIVAL = "the rival"
 ASK_AGAIN = ("You were not sure of this answer. Think again from the start, and answer with "
              "nothing but the tool calls that the request needs.")
 
+LEAVE_OUT = "Leave out each argument that is not required and that the request says nothing of."
+
 
 @dataclass(frozen=True)
 class RivalConfig(train.Config):
     rival: str = option("", RIVAL, "vote, again, tticl (pairs as examples in the prompt): on "
                         "uncertain samples; retry: where the direct answer does not fit the tools; "
-                        "icl, sft (one adapter): on every sample, from --train-data",
-                        "vote", "retry", "again", "tticl", "icl", "sft")
+                        "prune: where it says what nobody said; told; icl, sft (one adapter), "
+                        "from --train-data: on every sample",
+                        "prune", "told", "vote", "retry", "again", "tticl", "icl", "sft")
     then_vote: bool = option(False, RIVAL, "Algorithm 1, and answers sampled from what it adapted")
     draws: int = option(5, RIVAL, "sampled answers for a sample")
     train_data: str = option("", RIVAL, "labelled samples in the benchmark's form")
@@ -72,6 +76,23 @@ def outcomes(samples: Samples, h: dict, g: dict, t: dict, s: dict) -> list[Outco
     """Each sample's lines of H, G and T, and its sampled answers, where it has them."""
     extra = {id: {"sampled": asdict(line)} for id, line in s.items()}
     return [Outcome(h[x.id], g.get(x.id), t.get(x.id), extra.get(x.id, {})) for x in samples]
+
+
+def prune(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
+    """The direct answer without its optional arguments whose value the request does not spell: what
+    most pairs teach, as a rule and without a pass."""
+    (h, _), t = direct(agent, samples, config, kept), {}
+    for x in samples:
+        required = {tool["name"]: required_arguments(tool) for tool in x.tools}
+        calls, spoken = parse_calls(h[x.id].text).calls, []
+        for call in calls:
+            needed = required.get(call.name, call.arguments)
+            spoken.append(Call(call.name, {
+                key: value for key, value in call.arguments.items()
+                if key in needed or stands_in(value, request_text(x))}))
+        if spoken != list(calls):
+            t[x.id] = answered(x, in_form_of(h[x.id].text, spoken))
+    return outcomes(samples, h, {}, t, {})
 
 
 # --------------------------------------------------------------------------------- sampled answers
@@ -180,6 +201,15 @@ def again(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> li
     return outcomes(samples, h, {}, ask(agent, unsure, chats, config, kept, train.H), {})
 
 
+def told(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
+    """A sentence in the prompt says what most pairs teach."""
+    (h, _), chats = direct(agent, samples, config, kept), {}
+    for x in samples:
+        *before, last = call_prompt(x)
+        chats[x.id] = [*before, {**last, "content": f"{last['content']}\n\n{LEAVE_OUT}"}]
+    return outcomes(samples, h, {}, ask(agent, samples, chats, config, kept, train.H), {})
+
+
 def tticl(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
     """TT-ICL, the paper's variant of Algorithm 1 without training: pairs as examples."""
     (h, unsure), chats = direct(agent, samples, config, kept), {}
@@ -236,7 +266,8 @@ def sft(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept, trained
     return outcomes(samples, h, {}, t, {})
 
 
-RIVALS = {"vote": vote, "retry": retry, "again": again, "tticl": tticl, "icl": icl, "sft": sft}
+RIVALS = {"prune": prune, "told": told, "vote": vote, "retry": retry, "again": again,
+          "tticl": tticl, "icl": icl, "sft": sft}
 
 
 def judged(record: Record, samples: Samples, agent: Agent) -> Record:

@@ -20,6 +20,7 @@ from scipy.special import entr, log_softmax, softmax
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_curve
 
+from augment import stands_in
 from data.calls import calls_key, parse_calls
 from evaluate import Record, Run, printable, read_runs
 from model import Tokenizer, find_checkpoint, seeded
@@ -31,7 +32,7 @@ from uncertainty import softmax_difference
 TOKEN_SCORES = ("nll", "perplexity", "mean_entropy", "max_entropy")
 SCORES = ("margin", "log_odds", "least_confidence", "entropy", "normalised_entropy", "mean_margin",
           *(f"{part}_{name}" for part in ("answer", "name", "values") for name in TOKEN_SCORES),
-          "random", "candidates", "answer_tokens", "prompt_tokens")     # those that H's lines give
+          "unsaid", "random", "candidates", "answer_tokens", "prompt_tokens")     # those that H's lines give
 NAME = re.compile(r'"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"arguments"')
 VALUE = re.compile(r'"(?:[^"\\]|\\.)*"\s*:\s*("(?:[^"\\]|\\.)*"|[^\s,{}\[\]"]+)')
 
@@ -96,6 +97,10 @@ def scores_of_line(line, tokenizer: Tokenizer | None = None) -> dict[str, float]
     for part, tokens in {"answer": slice(None), **parts}.items():
         for name, value in of_answer(log_p[tokens], entropy[tokens]).items():
             scores[f"{part}_{name}"] = value
+    direct = line.base.text if isinstance(line, Record) else line.text
+    said = [stands_in(value, line.request) for call in parse_calls(direct).calls
+            for value in call.arguments.values()]
+    scores["unsaid"] = said.count(False)                # values that the request does not spell
     # What knows nothing of the answer: any score must beat these four.
     draw = torch.rand((), generator=seeded("random score", line.id)).item()
     return {**scores, "random": draw, "candidates": len(l), "answer_tokens": len(log_p),

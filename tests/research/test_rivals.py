@@ -10,7 +10,7 @@ from small import (MISFIT, NONSENSE, ONE, OPTIONS, OTHER, SAMPLES, agent, assess
 import data
 import train
 from augment import Pair
-from data import call_prompt, call_text, with_request
+from data import Sample, call_prompt, call_text, with_request
 from data.calls import Call
 from evaluate import exact_match, read_run
 from lora import new_params
@@ -60,6 +60,18 @@ def test_vote_takes_what_most_call_and_retry_the_first_that_fits(rival, h, s, ex
         assert drawn["texts"] == (own if outcome.t else None)
 
 
+def test_prune_leaves_out_the_optional_arguments_that_nobody_spoke_of(agent):
+    tool = {"name": "f", "description": "", "required": ["x"], "parameters": {
+        name: {"type": "string"} for name in "xyz"}}
+    sample = Sample("toolalpaca-0", ({"role": "user", "content": "Do it in Oslo."},), (tool,))
+    call = '{"name": "f", "arguments": {"x": "unsaid", "y": "oslo", "z": "unsaid"}}'
+    for text, expected in [(call, '{"name": "f", "arguments": {"x": "unsaid", "y": "oslo"}}'),
+                           (ONE, None), (NONSENSE, None)]:      # as it is: nothing is acted on
+        h = {"H": {sample.id: assessed(sample.id, text)}}
+        outcome, = rivals.prune(agent, [sample], CONFIG, made(**h))
+        assert (outcome.t and outcome.t.text) == expected
+
+
 def test_an_answer_is_drawn_by_its_seed_id_and_number():
     def writer(prompts, limit, temperature, top_p, keys):
         return [str(key) for key in keys]
@@ -72,6 +84,15 @@ def test_again_shows_the_direct_answer_and_asks_once_more(agent):
             {"role": "user", "content": rivals.ASK_AGAIN}]
     h = [("the answer", 0.0), (ONE, 1.0), (NONSENSE, 1.0)]
     assert texts(improve(agent, rivals.again, h)) == [greedy(agent, chat), None, None]
+
+
+def test_told_says_in_the_prompt_of_every_sample_what_to_leave_out(agent):
+    chats = []
+    for sample in SAMPLES:
+        system, last = call_prompt(sample)
+        asked = f"{last['content']}\n\n{rivals.LEAVE_OUT}"
+        chats.append([system, {"role": "user", "content": asked}])
+    assert texts(improve(agent, rivals.told, SURE)) == [greedy(agent, chat) for chat in chats]
 
 
 def test_tticl_shows_the_pairs_before_the_request_and_trains_nothing(agent):

@@ -1,9 +1,10 @@
 """The scores of uncertainty, and the measures of their quality: by hand, and against references."""
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hand_made import record
+from hand_made import record, verdict
 from sklearn import metrics
 
 from evaluate import write_run
@@ -32,6 +33,12 @@ VOTES = {"extra": {"sampled": [{"text": "f(x=1)"}, {"text": '{"name": "f", "argu
 def test_a_score_by_hand(seen, name, value):
     """Two ways to write one call mean the same."""
     assert scores.scores_of_line(record("x", True, True, **seen))[name] == pytest.approx(value)
+
+
+def test_what_the_request_does_not_spell_is_counted():
+    direct = verdict(True, "f(x=1, y='bo', z='Al')")
+    line = replace(record("x", True, True), request="At 1 for Bo.", base=direct)
+    assert scores.scores_of_line(line)["unsaid"] == 1
 
 
 def test_a_score_is_computed_where_all_lines_have_its_data():
