@@ -229,14 +229,21 @@ def fine_tune(model: Qwen2, examples: Sequence[Sequence[Example]], tensors: list
     return list(zip(*losses)), list(zip(*norms))
 
 
-def begin(agent: Agent, chats: Sequence[list[dict]],
-          config: Config) -> tuple[list[list[int]], KVCache | None]:
-    """Of each prompt, the tokens that an adapter acts on, and what they continue: with --adapt
-    suffix the caches of the tools, read by theta_0 (so call this outside of `adapters`)."""
+def acted_on(agent: Agent, chat: list[dict], config: Config) -> list[int]:
+    """The tokens of a prompt that an adapter acts on: all; with --adapt suffix, what follows the
+    tools."""
     if config.adapt == "full":
-        return [agent.tokenizer.chat(messages) for messages in chats], None
-    heads, rests = zip(*[agent.tokenizer.split_chat(messages) for messages in chats])
-    return list(rests), KVCache.stack([agent.prefixes.read(head) for head in heads])
+        return agent.tokenizer.chat(chat)
+    return agent.tokenizer.split_chat(chat)[1]
+
+
+def before_them(agent: Agent, chats: Sequence[list[dict]], config: Config) -> KVCache | None:
+    """What those tokens continue: nothing; with --adapt suffix, the tools as theta_0 reads them (so
+    call this outside of `adapters`)."""
+    if config.adapt == "full":
+        return None
+    tools = [agent.tokenizer.split_chat(chat[:1])[0] for chat in chats]
+    return KVCache.stack([agent.prefixes.read(ids) for ids in tools])
 
 
 def adapt_batch(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Lesson]],
@@ -245,11 +252,15 @@ def adapt_batch(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Seque
     answer, and the reset."""
     model, tokenizer, examples = agent.model, agent.tokenizer, []
     for own in lessons:
-        prompts, _ = begin(agent, [messages for messages, _ in own], config)
-        answers = [[*tokenizer.encode(text), tokenizer.im_end] for _, text in own]
-        examples.append(list(zip(prompts, answers)))
-    _, tools = begin(agent, [own[0][0] for own in lessons], config)
-    asked, cache = begin(agent, [call_prompt(sample) for sample in samples], config)
+        rows = []
+        for chat, text in own:
+            answer = [*tokenizer.encode(text), tokenizer.im_end]
+            rows.append((acted_on(agent, chat, config), answer))
+        examples.append(rows)
+    chats = [call_prompt(sample) for sample in samples]
+    asked = [acted_on(agent, chat, config) for chat in chats]
+    tools = before_them(agent, [own[0][0] for own in lessons], config)
+    cache = before_them(agent, chats, config)
     draws = [seeded(config.seed, x.id, "lora") for x in samples]
     params = params or new_params(model, config.rank, draws)
     with adapters(model, params, config.alpha) as tensors:                      # l.6  theta_0 + BA
@@ -339,7 +350,8 @@ H = Stage("H", Assessed, ("samples", "weights", "tokenizer", "max_new_tokens"),
           (qwen, uncertainty, data, data.calls, assess))
 G = Stage("G", Found, ("writer", "k", "pair", "temperature", "top_p", "seed"), (augment,), H)
 T = Stage("T", Adapted, ("adapt", "rank", "alpha", "epochs", "lr"),
-          (lora, lessons_of, answer_loss, schedule, fine_tune, begin, adapt_batch), G)
+          (lora, lessons_of, answer_loss, schedule, fine_tune, acted_on, before_them,
+           adapt_batch), G)
 
 
 class Kept:
@@ -495,21 +507,26 @@ def record_of(agent: Agent, sample: Sample, config: Config, outcome: Outcome) ->
         kind, seconds["T"] = "adapted" if t.finite else "non-finite", t.seconds
         tokens["T"], after = t.trained_tokens + t.answer_tokens, t.text if t.finite else h.text
     return Record(
-        sample.id, h.request, h.margin, uncertain, kind, h.candidates, exact_match(h.text, sample),
-        exact_match(after, sample), [asdict(p) for p in g.pairs], [asdict(r) for r in g.rejected],
-        t.losses if t else [], t.norms if t else [], seconds, tokens, call_text(sample.answers),
-        reachable(sample), h.log_p, h.entropy, h.ids, h.prompt_tokens, outcome.extra)
+        id=sample.id, request=h.request, margin=h.margin, uncertain=uncertain, outcome=kind,
+        candidates=h.candidates, base=exact_match(h.text, sample),
+        answer=exact_match(after, sample), pairs=[asdict(pair) for pair in g.pairs],
+        rejected=[asdict(each) for each in g.rejected], losses=t.losses if t else [],
+        norms=t.norms if t else [], seconds=seconds, tokens=tokens,
+        gold=call_text(sample.answers), reachable=reachable(sample), log_p=h.log_p,
+        entropy=h.entropy, ids=h.ids, prompt_tokens=h.prompt_tokens, extra=outcome.extra)
 
 
 def run(agent: Agent, samples: Sequence[Sample], config: Config, kept: Kept,
-        improve: Callable) -> int:
-    """Improve this process's share of the samples in batches, then join; the exit code."""
+        improve: Callable, change: Callable[[Record], Record] = lambda record: record) -> int:
+    """Improve this process's share of the samples in batches, then join; the exit code. change:
+    gives what is to stand in place of a record."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     share, records, size = samples[rank::world], {}, agent.batch
 
     def improved(part: Sequence[Sample], kept: Kept) -> dict[str, Record]:
         outcomes = improve(agent, [x.without_answers() for x in part], config, kept)
-        return {x.id: record_of(agent, x, config, outcome) for x, outcome in zip(part, outcomes)}
+        return {x.id: change(record_of(agent, x, config, outcome))
+                for x, outcome in zip(part, outcomes)}
 
     for number in (signal.SIGINT, signal.SIGTERM):      # also where a shell's job ignores SIGINT
         signal.signal(number, signal.default_int_handler)       # raises KeyboardInterrupt
@@ -561,7 +578,8 @@ def exit_codes(main: Callable) -> Callable:
         except (ValueError, OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
-            more = "" if isinstance(error, ValueError) else " (what is finished is kept)"
+            quiet = isinstance(error, (ValueError, FileNotFoundError))
+            more = "" if quiet else " (what is finished is kept)"
             first = (str(error) or type(error).__name__).splitlines()[0]
             print(f"error: {printable(first)}{more}", file=sys.stderr)
             return 2

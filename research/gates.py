@@ -21,7 +21,6 @@ from data import Sample
 from evaluate import exact_match
 from model import seeded
 from research.scores import SCORES, otsu, scores_of, threshold_between
-from research.stream import run_and_change
 from train import Agent, Kept, Outcome, adapt, assess, lessons_of, option
 
 
@@ -90,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def mark(record):                               # by this gate, in place of tau
         return replace(record, uncertain=record.id in through)
-    return run_and_change(agent, samples, config, kept, partial(improve, through=through), mark)
+    return train.run(agent, samples, config, kept, partial(improve, through=through), mark)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def another(sample: Sample, everyone: Sequence[Sample], seed: int) -> Sample:
 @torch.no_grad()
 def divergence(agent: Agent, sample: Sample, params: Params, config: train.Config) -> float:
     """KL(adapted || base) in nats: the mean over the last tokens of the sample's prompt."""
-    (ids,), cache = train.begin(agent, [call_prompt(sample)], config)
+    ids = train.acted_on(agent, call_prompt(sample), config)
+    cache = train.before_them(agent, [call_prompt(sample)], config)
 
     def log_p() -> torch.Tensor:
         hidden = agent.model(torch.tensor([ids], device=agent.model.device),

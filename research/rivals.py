@@ -273,7 +273,7 @@ RIVALS = {"prune": prune, "told": told, "vote": vote, "retry": retry, "again": a
 def judged(record: Record, samples: Samples, agent: Agent) -> Record:
     """The record with verdicts on sampled answers, for which this takes the label, and costs."""
     line = record.extra.get("sampled")
-    if not isinstance(line, dict):                  # there is none, or it is judged already
+    if not line:
         return record
     sample = next(x for x in samples if x.id == record.id)
     tokens = sum(len(agent.tokenizer.encode(text)) for text in line["texts"])
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.method == "sft":
         improve = partial(sft, trained=cache(partial(supervised, agent, split, config)))
     judge = partial(judged, samples=samples, agent=agent)
-    return stream.run_and_change(agent, samples, config, Kept(config, agent.facts), improve, judge)
+    return train.run(agent, samples, config, Kept(config, agent.facts), improve, judge)
 
 
 if __name__ == "__main__":

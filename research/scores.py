@@ -32,7 +32,8 @@ from uncertainty import softmax_difference
 TOKEN_SCORES = ("nll", "perplexity", "mean_entropy", "max_entropy")
 SCORES = ("margin", "log_odds", "least_confidence", "entropy", "normalised_entropy", "mean_margin",
           *(f"{part}_{name}" for part in ("answer", "name", "values") for name in TOKEN_SCORES),
-          "unsaid", "random", "candidates", "answer_tokens", "prompt_tokens")     # those that H's lines give
+          "unsaid", "random", "candidates", "answer_tokens",
+          "prompt_tokens")                                              # those that H's lines give
 NAME = re.compile(r'"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"arguments"')
 VALUE = re.compile(r'"(?:[^"\\]|\\.)*"\s*:\s*("(?:[^"\\]|\\.)*"|[^\s,{}\[\]"]+)')
 

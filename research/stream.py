@@ -13,15 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import train
 from augment import synthesize
 from data import Sample, call_prompt
-from evaluate import read_run, write_run
 from lora import Params, adapters, new_params
 from model import generate, seeded
-from train import Adapted, Agent, Kept, Lesson, Outcome, adapt_batch, begin, lessons_of, option
+from train import (Adapted, Agent, Kept, Lesson, Outcome, acted_on, adapt_batch, before_them,
+                   lessons_of, option)
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ def answer_with(agent: Agent, samples: Sequence[Sample], params: Params, config:
                 chats: dict[str, list[dict]] | None = None) -> list[Adapted]:
     """The answers of one adapter, or of none ({}), to the usual prompts or to `chats`, by id."""
     chats = chats or {x.id: call_prompt(x) for x in samples}
-    asked, cache = begin(agent, [chats[x.id] for x in samples], config)
+    asked = [acted_on(agent, chats[x.id], config) for x in samples]
+    cache = before_them(agent, [chats[x.id] for x in samples], config)
     with adapters(agent.model, params, config.alpha):
         answers = generate(agent.model, asked, agent.tokenizer.eos, config.max_new_tokens, cache)
     return [answered(x, agent.tokenizer.decode(answer.ids), len(answer.ids))
@@ -67,16 +67,6 @@ def adapt_with(agent: Agent, sample: Sample, lessons: Sequence[Lesson], config: 
     params = params or fresh(agent, sample.id, config)
     line, = adapt_batch(agent, [sample], [lessons], config, params)
     return Looked(**vars(line), seen=look(sample, params) if look and line.finite else {})
-
-
-def run_and_change(agent: Agent, samples: Sequence[Sample], config: train.Config, kept: Kept,
-                   improve: Callable, change: Callable) -> int:
-    """`train.run`, and then a change of each record that it has written."""
-    code, folder = train.run(agent, samples, config, kept, improve), Path(config.out)
-    if (folder / "records.jsonl").is_file():        # else another process is not done yet
-        run = read_run(folder)
-        write_run(folder, run.config, [change(record) for record in run.records])
-    return code
 
 
 # ------------------------------------------------------------------------------------ the program
