@@ -79,17 +79,18 @@ def outcomes(samples: Samples, h: dict, g: dict, t: dict, s: dict) -> list[Outco
 
 
 def prune(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
-    """The direct answer without its optional arguments whose value the request does not spell: what
-    most pairs teach, as a rule and without a pass."""
+    """The direct answer without its optional arguments whose value nobody spelled: what most pairs
+    teach, as a rule and without a pass."""
     (h, _), t = direct(agent, samples, config, kept), {}
     for x in samples:
+        dialogue = "\n".join(message["content"] for message in x.messages)
         required = {tool["name"]: required_arguments(tool) for tool in x.tools}
         calls, spoken = parse_calls(h[x.id].text).calls, []
         for call in calls:
             needed = required.get(call.name, call.arguments)
             spoken.append(Call(call.name, {
                 key: value for key, value in call.arguments.items()
-                if key in needed or stands_in(value, request_text(x))}))
+                if key in needed or stands_in(value, dialogue)}))
         if spoken != list(calls):
             t[x.id] = answered(x, in_form_of(h[x.id].text, spoken))
     return outcomes(samples, h, {}, t, {})
