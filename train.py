@@ -252,11 +252,9 @@ def adapt_batch(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Seque
     answer, and the reset."""
     model, tokenizer, examples = agent.model, agent.tokenizer, []
     for own in lessons:
-        rows = []
-        for chat, text in own:
-            answer = [*tokenizer.encode(text), tokenizer.im_end]
-            rows.append((acted_on(agent, chat, config), answer))
-        examples.append(rows)
+        prompts = [acted_on(agent, chat, config) for chat, _ in own]
+        answers = [[*tokenizer.encode(text), tokenizer.im_end] for _, text in own]
+        examples.append(list(zip(prompts, answers)))
     chats = [call_prompt(sample) for sample in samples]
     asked = [acted_on(agent, chat, config) for chat in chats]
     tools = before_them(agent, [own[0][0] for own in lessons], config)
@@ -519,7 +517,7 @@ def record_of(agent: Agent, sample: Sample, config: Config, outcome: Outcome) ->
 def run(agent: Agent, samples: Sequence[Sample], config: Config, kept: Kept,
         improve: Callable, change: Callable[[Record], Record] = lambda record: record) -> int:
     """Improve this process's share of the samples in batches, then join; the exit code. change:
-    gives what is to stand in place of a record."""
+    gives the record to write in place of each."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     share, records, size = samples[rank::world], {}, agent.batch
 
@@ -578,10 +576,9 @@ def exit_codes(main: Callable) -> Callable:
         except (ValueError, OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
-            quiet = isinstance(error, (ValueError, FileNotFoundError))
-            more = "" if quiet else " (what is finished is kept)"
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"error: {printable(first)}{more}", file=sys.stderr)
+            line = printable((str(error) or type(error).__name__).splitlines()[0])
+            early = isinstance(error, (ValueError, FileNotFoundError))      # nothing was begun
+            print(f"error: {line}{'' if early else ' (what is finished is kept)'}", file=sys.stderr)
             return 2
     return wrapped
 

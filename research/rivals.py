@@ -36,7 +36,6 @@ from uncertainty import PrefixCaches
 RIVAL = "the rival"
 ASK_AGAIN = ("You were not sure of this answer. Think again from the start, and answer with "
              "nothing but the tool calls that the request needs.")
-
 LEAVE_OUT = "Leave out each argument that is not required and that the request says nothing of."
 
 

@@ -30,10 +30,10 @@ from uncertainty import softmax_difference
 # --- The scores of a sample: higher means less sure -----------------------------------------------
 
 TOKEN_SCORES = ("nll", "perplexity", "mean_entropy", "max_entropy")
+# those that H's lines give
 SCORES = ("margin", "log_odds", "least_confidence", "entropy", "normalised_entropy", "mean_margin",
           *(f"{part}_{name}" for part in ("answer", "name", "values") for name in TOKEN_SCORES),
-          "unsaid", "random", "candidates", "answer_tokens",
-          "prompt_tokens")                                              # those that H's lines give
+          "unsaid", "random", "candidates", "answer_tokens", "prompt_tokens")
 NAME = re.compile(r'"name"\s*:\s*"((?:[^"\\]|\\.)*)"\s*,\s*"arguments"')
 VALUE = re.compile(r'"(?:[^"\\]|\\.)*"\s*:\s*("(?:[^"\\]|\\.)*"|[^\s,{}\[\]"]+)')
 
