@@ -1,5 +1,5 @@
 """A tool call: read from a model's text, checked against a tool's schema, compared with another.
-The text is data: it is parsed as JSON, or as a Python call through `ast`, never evaluated."""
+The text is data: it is parsed as JSON, or as a Python literal through `ast`, never evaluated."""
 import ast
 import json
 import math
@@ -12,7 +12,7 @@ from decimal import Decimal
 
 MAX_CHARS = 1 << 14     # the longest gold answer has some 300 characters; longer than this is none
 MAX_DEPTH = 32          # of brackets: real arguments have 3, and json recurses too deep at 1,000
-MAX_CODE = 500          # characters outside quotes in Python notation: bounds what `ast` builds
+MAX_CODE = 500          # characters outside quotes in a Python literal: bounds what `ast` builds
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,10 @@ class Parsed:
 # --- Reading: text -> calls -----------------------------------------------------------------------
 # A quoted text. One that never closes goes on to the end, so that each search takes linear time.
 _STRING = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)""", re.S)
-_TOKEN = re.compile(_STRING.pattern + r"|[][{}()]", re.S)
+_TOKEN = re.compile(_STRING.pattern + r"|[][{}]", re.S)
 _OPENING = re.compile(r"[{\[]")
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?"   # JSON's: "007" is a text
-_CODE = re.compile(r"(?:[\s,:=\[\]{}()]|[^\W\d]\w*(?=\s*[=(])|\$(?!\$)|"
-                   rf"(?:True|False|None|{_NUMBER})(?!\w))*")
+_LITERAL = re.compile(rf"(?:[\s,:\[\]{{}}]|\$(?!\$)|(?:True|False|None|{_NUMBER})(?!\w))*")
 _KEYS = {"name": "name", "tool": "name", "function": "name",
          "arguments": "arguments", "parameters": "arguments", "args": "arguments"}
 
@@ -47,7 +46,7 @@ def _outermost(text: str) -> tuple[list[str], str]:
     while opening := _OPENING.search(text, end):
         start, depth = opening.start(), 0
         for token in _TOKEN.finditer(text, start):   # outside brackets, 5" is prose
-            depth += (token[0] in "{[(") - (token[0] in "}])")
+            depth += (token[0] in "{[") - (token[0] in "}]")
             if depth == 0 or depth > MAX_DEPTH:
                 break
         if depth != 0:
@@ -58,13 +57,12 @@ def _outermost(text: str) -> tuple[list[str], str]:
     return values, around + text[end:]
 
 
-def _checked(code: str) -> str:
-    """The code itself, if it has but words, numbers, quotes and brackets; ValueError otherwise."""
-    bare = _STRING.sub("$", code)       # without operators: long chains crash Python's parser
-    plain = "\\" not in code and len(bare) <= MAX_CODE and _CODE.fullmatch(bare)
-    if not plain or not _outermost(f"[{bare}]")[0]:
-        raise ValueError("not a plain literal or call")
-    return code
+def _literal(text: str) -> object:
+    """A list or object in Python's notation, as `['a', None]`; ValueError for anything else."""
+    bare = _STRING.sub("$", text)       # without operators: long chains crash Python's parser
+    if "\\" in text or len(bare) > MAX_CODE or not _LITERAL.fullmatch(bare):
+        raise ValueError("not a plain literal")
+    return ast.literal_eval(text)
 
 
 def _plain(value: object) -> object:
@@ -78,7 +76,7 @@ def _read(text: str) -> tuple[object, bool]:
         return None, False
     for is_json in (True, False):
         try:
-            value = json.loads(text) if is_json else ast.literal_eval(_checked(text))
+            value = json.loads(text) if is_json else _literal(text)
             return _plain(value), is_json
         except (SyntaxError, TypeError, ValueError):
             continue
@@ -99,21 +97,6 @@ def _as_call(value: object) -> Call:
     if len(keys) != 2 or not (name and isinstance(name, str) and isinstance(arguments, dict)):
         raise ValueError("not a name and arguments")
     return Call(name, arguments)
-
-
-def _python_calls(text: str) -> tuple[list[Call], str]:
-    """Calls like `name(a=1, b="x")`, one or several; raises if there is anything else."""
-    calls = []
-    lines = re.sub(r"</?tool_call>|```\w*", "\n", text).split("\n")
-    for statement in ast.parse(_checked("\n".join(map(str.strip, lines)))).body:
-        value = statement.value if isinstance(statement, ast.Expr) else None
-        for node in value.elts if isinstance(value, (ast.List, ast.Tuple)) else [value]:
-            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-            if not named or node.args:
-                raise ValueError("not a call with keyword arguments")
-            arguments = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-            calls.append(Call(node.func.id, _plain(arguments)))
-    return calls, "python notation"
 
 
 def _json_calls(text: str) -> tuple[list[Call], str]:
@@ -144,18 +127,16 @@ def parse_calls(text: str) -> Parsed:
     """The calls in a model's answer. It never raises, and takes time linear in the text's length.
 
     Asked for is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
-    times. Recoveries: "python notation" and "other form" (prose, fences, a list, other keys, ...).
+    times. "other form" is the same with prose, fences, a list, other keys, single quotes, ...
     "" and "[]" say that no call is needed. Any other text without calls is never right."""
     text = text.strip()
     if re.fullmatch(r"(\[\s*\])?", text):
         return Parsed((), "other form" if text else "")
     # ours: half an answer is no answer. If one object or block cannot be read, none is.
-    # Python notation comes first: in f(user={"name": ..., "arguments": ...}), the call is of f.
-    readers = (_python_calls, _json_calls, _block_calls)
-    for read in readers if len(text) <= MAX_CHARS else ():
+    for read in (_json_calls, _block_calls) if len(text) <= MAX_CHARS else ():
         try:
             calls, recovery = read(text)
-        except (SyntaxError, TypeError, ValueError):
+        except ValueError:
             continue
         if calls:
             return Parsed(tuple(calls), recovery)

@@ -87,7 +87,7 @@ def test_an_optional_argument_is_given_where_the_request_speaks_of_it(days, give
 
 @pytest.mark.parametrize("direct, tags", [
     (ROME, False), (ROME[:-9], False), (weather(city="<tool_call>"), False),
-    (f"<tool_call>\n{ROME}\n</tool_call>", True), ("Hm.", True), ("f(x=1)", True)])
+    (f"<tool_call>\n{ROME}\n</tool_call>", True), ("Hm.", True)])
 def test_a_call_and_its_request_become_a_pair_in_the_form_of_the_direct_answer(direct, tags):
     (pair,), reasons, _ = write(f'{PARIS}\n"Is it cold in Paris?"', line=assessed(direct))
     assert pair.text == (f"<tool_call>\n{PARIS}\n</tool_call>" if tags else PARIS)

@@ -17,7 +17,9 @@ from evaluate import (Record, Run, exact_match, main, printable, read_run, story
 
 TOOL = {"name": "f", "description": "", "parameters": {"x": {"type": "integer"}}}
 SAMPLE = Sample("s", (), (TOOL,), (Call("f", {"x": 1}),))
-RIGHT, WRONG = exact_match("f(x=1)", SAMPLE), exact_match("g()", SAMPLE)
+F, G = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {}}'
+TWO = F.replace("1", "2")
+RIGHT, WRONG = exact_match(F, SAMPLE), exact_match(G, SAMPLE)
 CONFIG = {"bench": "sealtool", "data": "", "tau": 0.95}
 
 
@@ -27,9 +29,9 @@ def record(id: str, base: bool, answer: bool, outcome: str = "adapted", **change
         id, request="What?", margin=0.5, uncertain=outcome != "certain", outcome=outcome,
         candidates={"g": -2.5, "f": -0.5}, base=RIGHT if base else WRONG,
         answer=RIGHT if answer else WRONG,
-        pairs=[{"request": "Why?", "text": "f(x=2)", "read_back": False}], losses=[0.5, 0.25],
+        pairs=[{"request": "Why?", "text": TWO, "read_back": False}], losses=[0.5, 0.25],
         rejected=[{"text": "bad", "reason": "unknown argument: y"}], norms=[9.0, 2.0],
-        seconds={"score": 1.0, "base": 0.5}, tokens={"score": 7}, gold="f(x=1)", reachable=True,
+        seconds={"score": 1.0, "base": 0.5}, tokens={"score": 7}, gold=F, reachable=True,
         log_p=[-0.5, -0.25], entropy=[0.5, 0.25], ids=[5], prompt_tokens=9)
     return replace(made, **changes)
 
@@ -50,9 +52,10 @@ def folder(tmp_path) -> Path:
 # --- Scoring --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, reason", [
-    ("f(x='1')", ""), ("no idea", "unparsable"), ("", "unparsable"), ("g()", "wrong name: g for f"),
-    ("[f(x=1), f(x=1)]", "wrong number of calls: 2 for 1"), ("f()", "missing argument: x"),
-    ("f(x=1, y=2)", "extra argument: y"), ("f(x=2)", "wrong value: x")])
+    (F, ""), ("no idea", "unparsable"), ("", "unparsable"), (G, "wrong name: g for f"),
+    (f"[{F}, {F}]", "wrong number of calls: 2 for 1"),
+    (F.replace('"x": 1', ""), "missing argument: x"), (F.replace("1", '"1"'), ""),
+    (F.replace("1", '1, "y": 2'), "extra argument: y"), (TWO, "wrong value: x")])
 def test_an_answer_is_right_or_there_is_a_reason(text, reason):
     verdict = exact_match(text, SAMPLE)
     assert (verdict.text, verdict.exact, verdict.reason) == (text, not reason, reason)
@@ -142,12 +145,12 @@ def test_a_story_has_all_that_happened_in_the_papers_order():
         " candidate   11.9% ####                           g",
         "    margin  0.500, below tau = 0.95",
         "      pair  Why?",
-        "            f(x=2)",
+        f"            {TWO}",
         "  rejected  unknown argument: y: bad",
         "    losses  0.500 0.250",
-        "    before  wrong  g()   (wrong name: g for f)",
-        "     after  right  f(x=1)",
-        "      gold  f(x=1)"]
+        f"    before  wrong  {G}   (wrong name: g for f)",
+        f"     after  right  {F}",
+        f"      gold  {F}"]
 
 
 def test_control_characters_never_reach_the_terminal():

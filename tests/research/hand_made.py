@@ -5,9 +5,10 @@ from dataclasses import replace
 from evaluate import Record, Verdict
 
 GOLD = '{"name": "f", "arguments": {}}'
+ONE, OTHER = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {"x": 1}}'
 
 
-def verdict(exact: bool, text: str = "f(x=1)") -> Verdict:
+def verdict(exact: bool, text: str = ONE) -> Verdict:
     return Verdict(text, exact, "" if exact else "wrong name: f for g", exact, True, "", exact,
                    float(exact), float(exact))
 

@@ -2,13 +2,14 @@
 import json
 
 import pytest
+from hand_made import ONE, OTHER
 
 from augment import Found
 from data import Sample
 from model import Tokenizer, fingerprint, load_model
 from train import Agent, Assessed, PrefixCaches
 
-ONE, OTHER, MISFIT, NONSENSE = "f(x=1)", "g(x=1)", "f(y=1)", "no idea"
+MISFIT, NONSENSE = ONE.replace("x", "y"), "no idea"
 OPTIONS = {"model": "small", "tau": 0.95, "max_new_tokens": 6, "epochs": 2, "lr": 1e-2}
 TOOLS = [tuple({"name": name, "description": f"{i}", "parameters": {"x": {"type": "integer"}}}
                for name in "fgh") for i in range(3)]

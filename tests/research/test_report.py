@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hand_made import record, verdict
+from hand_made import ONE, OTHER, record, verdict
 
 from evaluate import Run, write_run
 from research import report
@@ -94,7 +94,7 @@ def test_several_benchmarks_are_corrected_for_and_have_a_mean():
 
 def sampled(*exact: bool) -> dict:
     """Right answers all say the same, wrong ones too."""
-    return {"sampled": [asdict(verdict(e, "f(x=1)" if e else "g(x=1)")) for e in exact]}
+    return {"sampled": [asdict(verdict(e, ONE if e else OTHER)) for e in exact]}
 
 
 def test_what_a_method_costs_by_hand():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hand_made import record, verdict
+from hand_made import GOLD, ONE, OTHER, record, verdict
 from sklearn import metrics
 
 from evaluate import write_run
@@ -15,9 +15,9 @@ from train import TINY
 
 SEEN = {"candidates": {"f": math.log(0.7), "g": math.log(0.2), "h": math.log(0.1)},
         "log_p": [-0.5, -1.5, 0.0], "entropy": [0.25, 0.75, 0.5]}
-ONE = {"candidates": {"f": -0.5}}
-VOTES = {"extra": {"sampled": [{"text": "f(x=1)"}, {"text": '{"name": "f", "arguments": {"x": 1}}'},
-                               {"text": "g(x=1)"}, {"text": "no"}]}, "losses": []}
+ALONE = {"candidates": {"f": -0.5}}
+VOTES = {"extra": {"sampled": [{"text": ONE}, {"text": f"Yes: {ONE}"}, {"text": OTHER},
+                               {"text": "no"}]}, "losses": []}
 
 
 @pytest.mark.parametrize("seen, name, value", [
@@ -25,7 +25,7 @@ VOTES = {"extra": {"sampled": [{"text": "f(x=1)"}, {"text": '{"name": "f", "argu
     (SEEN, "entropy", -0.7 * math.log(0.7) - 0.2 * math.log(0.2) - 0.1 * math.log(0.1)),
     (SEEN, "answer_nll", 2), (SEEN, "answer_perplexity", math.exp(2 / 3)),
     (SEEN, "answer_mean_entropy", 0.5), (SEEN, "answer_max_entropy", 0.75),
-    (ONE, "margin", 0), (ONE, "log_odds", -math.inf), (ONE, "normalised_entropy", 0),
+    (ALONE, "margin", 0), (ALONE, "log_odds", -math.inf), (ALONE, "normalised_entropy", 0),
     ({"candidates": dict.fromkeys("fghij", -1.0)}, "normalised_entropy", 1),
     ({"extra": {"orders": [[0, -99], [-99, 0]]}}, "mutual_information", math.log(2)),
     ({"extra": {"orders": [[-1, -1], [-2, -2]]}}, "mutual_information", 0),
@@ -36,7 +36,7 @@ def test_a_score_by_hand(seen, name, value):
 
 
 def test_what_the_request_does_not_spell_is_counted():
-    direct = verdict(True, "f(x=1, y='bo', z='Al')")
+    direct = verdict(True, ONE.replace("1", '1, "y": "bo", "z": "Al"'))
     line = replace(record("x", True, True), request="At 1 for Bo.", base=direct)
     assert scores.scores_of_line(line)["unsaid"] == 1
 
@@ -106,8 +106,9 @@ def test_cross_fitting_finds_the_share_that_is_right_without_a_samples_own_label
 
 def test_the_first_choice_of_samples_that_have_one():
     found, gold = scores.choices([
-        record(0, True, True), record(1, True, True, gold="h()"), record(2, True, True, **ONE),
-        record(3, True, True, gold=""), record(4, True, True, **SEEN)])
+        record(0, True, True), record(1, True, True, gold=GOLD.replace("f", "h")),
+        record(2, True, True, **ALONE), record(3, True, True, gold=""),
+        record(4, True, True, **SEEN)])
     assert gold.tolist() == [0, -1, 0] and found.shape == (3, 3)
     assert found.argmax(1).tolist() == [0, 0, 0] and found[0, 2] == -math.inf
 
