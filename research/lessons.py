@@ -8,6 +8,7 @@ like train.py is kept with train.py's lines. The answer stands in research/RESUL
 learn?".
 """
 import hashlib
+import json
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +22,20 @@ import augment
 import train
 from augment import (ASK_JOINT, JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, WAYS, Draft,
                      Found, Pair, Prompt, Writer, asked, check_request, check_text, in_form_of,
-                     synthesize, write_call_first, write_each)
-from data import Sample, call_prompt, request_text, with_request
-from data.calls import calls_key, parse_calls
+                     quoted, synthesize, write_call_first, write_each)
+from data import Sample, call_json, call_prompt, request_text, with_request
+from data.calls import Call, calls_key, parse_calls
 from lora import Params, adapters
-from model import seeded
+from model import Form, seeded
 from research import stream
 from research.stream import Looked, adapt_with
 from train import Adapted, Agent, Kept, Outcome, option
 
+ASK_SHOWN = """Write two requests that a user may make of these tools, and under each the tool \
+call that answers it. Both need the same tool, but the second is about other names, places, \
+numbers or dates, in other words."""
+SHOWN_START = '1. {request}\n{call}\n2. '
+SHOWN_FORM = Form(('"', '"\n', ""), ('"', "\n"))      # the request; the call, on one line
 ASK_REQUEST = ASK_JOINT.partition("\n\n")[0]       # the requests without the calls
 LABELS, AGREE = 5, 2    # sampled answers to a request; so many of them make a label
 KL_TOKENS = 256         # the last of a request, over which the KL is taken
@@ -42,8 +48,9 @@ class LessonConfig(train.Config):
                          "another sample's; gold: its own request and gold calls (uses labels)",
                          "self", "unrelated", "gold")
     pair: str = option("call", "G", "as of train.py; request: a request first, then the majority "
-                       "of sampled calls for it; two: as call, for the two likeliest tools in turn "
-                       "(--k 2)", "joint", "call", "request", "two")
+                       "of sampled calls for it; shown: as joint, but the direct answer stands "
+                       "under x; two: as call, for the two likeliest tools in turn (--k 2)",
+                       "joint", "call", "request", "shown", "two")
     filter: str = option("schema", "G", "a written pair is kept if: none: there is any answer; "
                          "schema (train.py's checks); consistent: more than half of sampled "
                          "answers agree with it, too", "none", "schema", "consistent")
@@ -102,6 +109,30 @@ def write_request_first(writer: Writer, samples: Sequence[Sample], h: dict, atte
     return drafts
 
 
+def write_shown(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
+                config) -> list[Draft]:
+    """As --pair joint, but the direct answer's first call stands under x: what is to be written is
+    shown, where a small model does not follow what is said."""
+    prompts, drafts = [], []
+    for sample in samples:
+        line, request = h[sample.id], quoted(request_text(sample))
+        likeliest = max(line.candidates, key=line.candidates.get)
+        shown = (*parse_calls(line.text).calls, Call(likeliest))[0]
+        start = SHOWN_START.format(request=request, call=call_json(shown))
+        prompts.append(Prompt(asked(sample, ASK_SHOWN), start, SHOWN_FORM))
+    for sample, text in zip(samples, write_each(writer, samples, prompts, attempt, config)):
+        request, _, call = text.partition("\n")
+        own = in_form_of(h[sample.id].text, parse_calls(call).calls)
+        draft = Draft(sample, [text], "", own, check_text(call, sample))
+        drafts.append(draft)
+        try:
+            draft.request = " ".join(json.loads(request).split())
+            draft.reason = check_request(draft.request, sample) or draft.reason
+        except ValueError:
+            draft.reason = "the request did not end"
+    return drafts
+
+
 def write_of_two(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
                  config) -> list[Draft]:
     """As --pair call, but in turn for the likeliest and the second likeliest tool."""
@@ -115,7 +146,7 @@ def write_of_two(writer: Writer, samples: Sequence[Sample], h: dict, attempt: in
 
 def write(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int, config) -> list[Draft]:
     """Drafts as --pair says; those that --filter keeps have no reason against them."""
-    ways = {**WAYS, "request": write_request_first, "two": write_of_two}
+    ways = {**WAYS, "request": write_request_first, "shown": write_shown, "two": write_of_two}
     drafts = ways[config.pair](writer, samples, h, attempt, config)
     if config.filter == "none":
         for draft in drafts:
@@ -158,7 +189,7 @@ def divergence(agent: Agent, sample: Sample, params: Params, config: train.Confi
 def stages(config: LessonConfig) -> tuple[train.Stage, train.Stage]:
     """G and T of this configuration: the core's own where it does what the core does."""
     g, t, this = train.G, train.T, sys.modules[__name__]
-    if config.lesson == "gold" or config.filter != "schema" or config.pair in ("request", "two"):
+    if config.lesson == "gold" or config.filter != "schema" or config.pair not in WAYS:
         g = replace(g, reads=(*g.reads, "filter", "labels"), code=(augment, this))
     if config.lesson != "self" or config.measure_kl:
         t = replace(t, line=Looked, reads=(*t.reads, "lesson", "measure_kl"),

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import MISFIT, ONE, OPTIONS, SAMPLES, agent, assessed, flags, found, made
+from small import MISFIT, ONE, OPTIONS, OTHER, SAMPLES, agent, assessed, flags, found, made
 
 import train
 from augment import Found, Pair, synthesize
@@ -34,6 +34,28 @@ def test_request_first_takes_the_majority_of_the_answers_that_fit():
     assert {tried.reason for tried in alone.rejected} == {"fewer than 2 fitting calls agree"}
     copied = written(text='Do 0."', pair="request")
     assert copied.pairs == [] and copied.texts == ['Do 0."'] * 3        # nothing was sampled for it
+
+
+def test_shown_is_a_request_and_then_a_call_of_any_tool():
+    pair, = written(text=f'"Do \\"2\\"."\n{OTHER}', pair="shown").pairs
+    assert (pair.request, pair.text) == ('Do "2".', OTHER)
+    for text, reason in [('"Do', "the request did not end"), ('"New."\n', "no call could be read"),
+                         (f'"Do 0."\n{OTHER}', "copy of the seed request"),
+                         (f'"New."\n{MISFIT}', "missing argument: x")]:
+        assert written(text=text, pair="shown").rejected[0].reason == reason
+
+
+def test_shown_shows_the_direct_answers_call_or_else_the_likeliest_tool():
+    for answer in ('{"name": "f", "arguments": {"x": 5}}', "Hm."):
+        starts = []
+
+        def writer(prompts, limit, temperature, top_p, keys):
+            starts.append(prompts[0].start)
+            return ['"New."\n']
+        h = {SAMPLES[0].id: assessed(SAMPLES[0].id, answer)}
+        synthesize(writer, SAMPLES[:1], h, replace(CONFIG, pair="shown"), write)
+        call = answer if answer != "Hm." else '{"name": "h", "arguments": {}}'
+        assert starts[0] == f'1. "Do 0."\n{call}\n2. '
 
 
 def test_two_writes_for_the_two_likeliest_tools_in_turn():
