@@ -3,21 +3,26 @@
 The writer, the model itself (TT-SI) or a teacher (TT-D), sees the sample's tools and request and
 the direct answer, never the label. Five steps learn whatever a pair says, so what it says is
 checked: it fits the tools' schema, it is new, and its values can be known from its request. Each
-try that gave no pair has a reason. Read write_call_first first.
+try that gave no pair has a reason.
 """
+from __future__ import annotations
+
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
+from threading import Event
 
-from data import (Sample, call_json, call_prompt, call_text, request_text, system_message,
-                  with_request)
-from data.calls import Call, calls_key, check_call, kind_of, parse_calls, required_arguments
-from model import Filling, Form, KVCache, Qwen2, Tokenizer, generate, seeded
-from uncertainty import PrefixCaches, answer_start
+from data import Sample, call_prompt, with_request
+from data.calls import (Call, as_json, call_keys, call_start, call_text, check_call, kind_of,
+                        parse_calls, required_arguments)
+from data.chat import Tokenizer
+from data.runs import stage
+from model import Blank, Form, Qwen2, generate, seeded
+from uncertainty import PrefixCaches
 
 # What is asked in the user turn, behind the tools, so that the tools' KV cache serves here, too.
 ASK_PAIR = """Write two tool calls, and under each the request of a user that it answers. Both are \
@@ -37,23 +42,6 @@ TRIES = 3       # for each of the K pairs
 MAX_REQUEST_TOKENS = 128
 MAX_CALL_TOKENS = 192
 RETRIES = 5     # further tries of a request to a server that is busy, broken or late
-# By declared type, how a value begins, which characters close it, and how it ends; else a string.
-# The blank before a number is the model's to write: its tokens may begin with one.
-VALUES = {"array": (" [", "]", "]"), "object": (" {", "}", "}"), "integer": ("", ",}\n", ""),
-          "number": ("", ",}\n", ""), "boolean": ("", ",}\n", ""), "string": (' "', '"', '"')}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a writer is shown. A server, which cannot fill in a form, sees how that begins."""
-    messages: list[dict]
-    start: str = ""                     # how the assistant's turn begins; it is not returned
-    form: Form = Form(("",), ())        # what follows, and is returned; without blanks it is free
-
-
-# (prompts, limit in tokens, temperature, top_p, each prompt's seed) -> a text for each prompt; it
-# begins with the form's first part
-Writer = Callable[[Sequence[Prompt], int, float, float, Sequence[tuple]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -75,14 +63,226 @@ class Rejected:
 class Found:
     """A line of G: what came of the tries for one sample."""
     id: str
+    failed: str = ""
     pairs: list[Pair] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)      # all that was written: what it cost
     seconds: float = 0.0
 
-    def __post_init__(self):
-        self.pairs = [p if isinstance(p, Pair) else Pair(**p) for p in self.pairs]
-        self.rejected = [r if isinstance(r, Rejected) else Rejected(**r) for r in self.rejected]
+    @classmethod
+    def from_json(cls, pairs: list[dict], rejected: list[dict], **fields) -> Found:
+        """The line as it was kept."""
+        return cls(pairs=[Pair(**each) for each in pairs],
+                   rejected=[Rejected(**each) for each in rejected], **fields)
+
+
+@stage("G", Found, "writer", "tries", "k", "pair", "temperature", "top_p", "seed")
+def synthesize(agent, samples: Sequence[Sample], config, h: dict) -> list[Found]:
+    """For each sample up to K pairs (x', y') and the tries that failed, at most TRIES * K in all.
+    h: the lines of H by id."""
+    found = {sample.id: Found(sample.id) for sample in samples}
+    for attempt in range(TRIES * config.k):
+        todo = [x for x in samples if len(found[x.id].pairs) < config.k]
+        if not todo:
+            break
+        for made in agent.task.tries[config.pair](agent.writer, todo, h, attempt, config):
+            own = found[made.sample.id]
+            own.texts += made.written
+            copied = any([made.request == p.request or made.text == p.text for p in own.pairs])
+            if copied and not made.reason:
+                made.reason = "copy of an earlier pair"
+            problem = getattr(made.written[0], "problem", "")       # of the writing: see Written
+            if made.reason and problem:
+                made.reason = f"{problem}: {made.reason}"
+            if made.reason:
+                own.rejected.append(Rejected(made.written[0], made.reason))
+            else:
+                own.pairs.append(Pair(made.request, made.text, made.read_back))
+    return list(found.values())
+
+
+@dataclass
+class Try:
+    """A try at a pair for a sample, and why it is rejected; empty if it is kept."""
+    sample: Sample
+    written: list[str]                  # all texts: what it cost
+    request: str
+    text: str                           # of its calls
+    reason: str = ""
+    read_back: bool = False
+
+
+# ------------------------------------------------------- --pair call: first y', then its request x'
+
+def try_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
+                   config) -> list[Try]:
+    """A call of the likeliest tool, and the request that it answers."""
+    prompts, directs = [], []
+    for x in samples:
+        directs.append(parse_calls(h[x.id].text).calls)
+        prompts.append(call_form(x, h[x.id], directs[-1]))
+    keys = [(config.seed, x.id, "pair", attempt) for x in samples]
+    texts = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature, config.top_p,
+                   keys)
+    tries, unspoken = [], []
+    for x, direct, text in zip(samples, directs, texts):
+        call, _, request = text.partition("\n")
+        try:
+            request = " ".join(json.loads(request).split())
+        except (ValueError, AttributeError, RecursionError):
+            request = None
+        new = parse_calls(call).calls
+        reason = fault(new, direct, request, x, h[x.id].request)
+        # ours: a pair's calls have tags only where the model's own answer has. Training is to
+        # sharpen what the model calls, not how it writes: tags that it never writes cost the five
+        # steps, which learn neither them nor the call.
+        tries.append(Try(x, [text], request or "", call_text(new, like=h[x.id].text), reason))
+        values = [] if reason else list(new[0].arguments.values())
+        if not all([stands_in(value, request) for value in values]):
+            unspoken.append(tries[-1])
+    if unspoken:
+        read_back(writer, unspoken, h, config)
+    return tries
+
+
+# By declared type, how a value begins, which characters close it, how it ends, and the bracket that
+# may be inside; else a string. The space before a number is the model's to write: its tokens may
+# begin with one.
+VALUES = {"array": (" [", "]", "]", "["), "object": (" {", "}", "}", "{"),
+          "integer": ("", ",}\n", "", ""), "number": ("", ",}\n", "", ""),
+          "boolean": ("", ",}\n", "", ""), "string": (' "', '"', '"', "")}
+
+
+def call_form(sample: Sample, line, direct: Sequence[Call]) -> Prompt:
+    """The prompt for a pair of the tool that H finds likeliest: its keys are given, its values and
+    the request are blanks. line: the sample's line of H; direct: the calls of its answer."""
+    # paper: the pair is written in one go (--pair joint).
+    # ours: the call first. Request first, a small model's request is often for another tool, and
+    # the call it then writes seldom fits the schema.
+    name = max(line.candidates, key=line.candidates.get)
+    tool = next(tool for tool in sample.tools if tool["name"] == name)
+    shown, required = (*direct, Call(name))[0], required_arguments(tool)
+    before, gaps = f'{{"name": {as_json(name)}, "arguments": {{', []
+    for key, schema in tool["parameters"].items():
+        # ours: an optional argument is given where the direct answer has it and x spells it: else
+        # the pair would teach to leave it out. Where x does not, the pair teaches just that.
+        spoken = key in shown.arguments and stands_in(shown.arguments[key], line.request)
+        if key in required or spoken:
+            begin, closing, end, opening = VALUES.get(kind_of(schema), VALUES["string"])
+            gaps.append((f"{before}{as_json(key)}:{begin}", closing, opening))
+            before = f"{end}, "
+    gaps.append((before.removesuffix(", ") + '}}\n"', '"', ""))          # of the request
+    fixed = [text for text, _, _ in gaps] + ['"']
+    blanks = [Blank(closing, tail, opening)
+              for (_, closing, opening), tail in zip(gaps, fixed[1:])]
+    start = PAIR_START.format(call=as_json(asdict(shown)), request=as_json(line.request))
+    chat = [call_prompt(sample)[0], {"role": "user", "content": ASK_PAIR}]
+    return Prompt(chat, start, Form(fixed[0], tuple(blanks)))
+
+
+def fault(new: Sequence[Call], direct: Sequence[Call], request: str | None, sample: Sample,
+          own: str) -> str:
+    """Why written calls and their request are rejected; empty if they are kept. direct: the calls
+    of the direct answer; own: the sample's request."""
+    if reason := check_calls(new, sample):
+        return reason
+    if request is None:
+        return "the request did not end"
+    written, before = call_keys(new, sample.tools), call_keys(direct, sample.tools)
+    if len(new) == 1 and written.keys() <= before.keys():
+        return "the direct answer again"
+    if len(new) > 1:
+        return "more than one call"
+    return check_request(request, sample, own)
+
+
+def check_calls(calls: Sequence[Call], sample: Sample) -> str:
+    """Why calls do not fit the sample's tools; empty if they do."""
+    reasons = [check_call(call, sample.tools) for call in calls]
+    return next(filter(None, reasons), "") if calls else "no call could be read"
+
+
+def check_request(request: str, sample: Sample, own: str) -> str:
+    """Why a written request is rejected; empty if it is kept. own: the sample's request."""
+    plain = "".join(filter(str.isalnum, request.casefold()))
+    if not plain:
+        return "no request"
+    if '{"' in request or "<tool_call>" in request:
+        return "a call in place of a request"
+    if plain in "".join(filter(str.isalnum, own.casefold())):
+        return "copy of the seed request"
+    for tool in sample.tools:
+        name = tool["name"]
+        is_word = re.fullmatch("[A-Z]?[a-z]+", name)        # `translate` may well be said
+        if name in request and name not in own and not is_word:
+            return "the request names the tool"
+    return ""
+
+
+def stands_in(value: object, request: str) -> bool:
+    """Whether a request spells a value. Items of lists and objects are checked one by one. It never
+    spells "", null, a boolean or an empty list."""
+    if isinstance(value, (list, dict)):
+        items = list(value.values() if isinstance(value, dict) else value)
+        return bool(items) and all([stands_in(item, request) for item in items])
+    text = re.escape(str(value).strip())
+    whole = rf"(?<!\w)(?<!\d[.,:]){text}(?!\w|[.,:]\d)"      # 5 is not in 15, nor in 5.7
+    named = text and value is not None and not isinstance(value, bool)
+    return bool(named and re.search(whole, request, re.I))
+
+
+def read_back(writer: Writer, tries: Sequence[Try], h: dict, config) -> None:
+    """Reject the tries whose call is not also the greedy one for their request, with the tool's
+    name given: some value cannot be known from it. CN is not in "China", but is read from it."""
+    calls = [parse_calls(made.text).calls for made in tries]
+    prompts = []
+    for made, (call,) in zip(tries, calls):
+        begun = f'{call_start(h[made.sample.id].text)}{as_json(call.name)[1:]}, "arguments":'
+        messages = call_prompt(with_request(made.sample, made.request))
+        prompts.append(Prompt(messages, "", Form(begun)))
+    keys = [(config.seed, made.sample.id, "read back") for made in tries]
+    texts = writer(prompts, MAX_CALL_TOKENS, 0.0, 1.0, keys)
+    for made, own, text in zip(tries, calls, texts):
+        read, tools = parse_calls(text).calls[:1], made.sample.tools
+        made.written.append(text)
+        made.read_back = call_keys(read, tools) == call_keys(own, tools)
+        if not made.read_back:
+            made.reason = "a value cannot be read from the request"
+
+
+# ------------------------------------------------------------------ --pair joint: in one go, freely
+
+def try_joint(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
+              config) -> list[Try]:
+    """A request and the calls that answer it, in one text (paper)."""
+    prompts = [Prompt([call_prompt(x)[0], {"role": "user", "content": ASK_JOINT}],
+                      JOINT_START.format(request=h[x.id].request)) for x in samples]
+    keys = [(config.seed, x.id, "pair", attempt) for x in samples]
+    texts = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature, config.top_p,
+                   keys)
+    tries = []
+    for x, text in zip(samples, texts):
+        line, _, rest = text.strip().partition("\n")
+        request, calls = line.strip().removesuffix('"').strip(), parse_calls(rest).calls
+        reason = check_request(request, x, h[x.id].request) or check_calls(calls, x)
+        own = call_text(calls, like=h[x.id].text)               # without prose behind
+        tries.append(Try(x, [text], request, own, reason))
+    return tries
+
+
+# -------------------------------------------------------------------------------------- who writes
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a writer is shown. A server, which cannot fill in a form, sees how that begins."""
+    messages: list[dict]
+    start: str = ""             # how the assistant's turn begins; it is not returned
+    form: Form = Form()         # what follows, and is returned; without blanks it is free
+
+
+# (prompts, limit in tokens, temperature, top_p, each prompt's seed) -> a text for each prompt; it
+# begins with the form's start
+Writer = Callable[[Sequence[Prompt], int, float, float, Sequence[tuple]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -93,18 +293,15 @@ class LocalWriter:
     prefixes: PrefixCaches
 
     def __call__(self, prompts, limit, temperature, top_p, keys) -> list[str]:
-        caches, last, forms = [], [], []
+        chats = []
         for prompt in prompts:
-            head, rest = self.tokenizer.split_chat(prompt.messages)
-            rest = rest + self.tokenizer.encode(prompt.start + prompt.form.parts[0])
-            caches.append(self.prefixes.read(head, rest[:-1]))
-            last.append(rest[-1:])
-            forms.append(Filling(prompt.form, self.tokenizer) if prompt.form.closers else None)
-        generators = [seeded(*key) for key in keys]
-        written = generate(self.model, last, self.tokenizer.eos, limit, KVCache.stack(caches),
-                           temperature, top_p, generators, forms)
-        return [prompt.form.parts[0] + self.tokenizer.decode(row.ids)
-                for prompt, row in zip(prompts, written)]
+            begun = {"role": "assistant", "content": prompt.start + prompt.form.start}
+            chats.append([*prompt.messages, begun])
+        caches, last = self.prefixes.split(self.tokenizer, chats, "last")
+        forms = [prompt.form for prompt in prompts]
+        written = generate(self.model, self.tokenizer, last, limit, caches, temperature, top_p,
+                           keys, forms)
+        return [prompt.form.start + row.text for prompt, row in zip(prompts, written)]
 
 
 @dataclass(frozen=True)
@@ -131,230 +328,68 @@ class ServerWriter:
         from huggingface_hub import InferenceClient     # only here: it takes a second to import
         secret = os.environ.get("OPENAI_API_KEY", "").strip() or "none"     # not the hub's token
         client = InferenceClient(base_url=self.url, api_key=secret, timeout=self.timeout)
-        jobs = []
+        jobs, ended = [], Event()
         for prompt, key in zip(prompts, keys):
             *before, last = prompt.messages
-            start = prompt.start + prompt.form.parts[0]
+            start = prompt.start + prompt.form.start
             if start:           # the API cannot begin the assistant's turn, so the user asks for it
                 last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
                                            f"Write what follows, and nothing else:\n{start}"}
             seed = seeded(*key).initial_seed() % 2 ** 31        # where the server heeds it
-            body = dict(messages=[*before, last], model=self.model, seed=seed,
+            body = dict(messages=[*before, last], model=self.model, seed=seed, max_tokens=limit,
                         temperature=temperature, top_p=top_p)
-            jobs.append((start, prompt.form.parts[0], body))
+            jobs.append((client, start, prompt.form.start, body, ended))
         with ThreadPool(8) as pool:
-            return list(pool.imap(lambda job: self.ask(client, *job), jobs))
+            return list(pool.imap(self.ask, jobs))
 
-    def ask(self, client, start: str, first: str, request: dict) -> str:
-        """`first`, and what is written after `start`, which is not repeated. A busy, broken or late
-        server is asked again."""
+    def ask(self, job: tuple) -> str:
+        """What a server writes for one prompt, without the start if it repeats that. A busy, broken
+        or late server is asked again; a prompt that it refuses is one text that says so."""
         from huggingface_hub.errors import HTTPError    # the HTTP library's own; no OSError
+        client, start, first, request, ended = job
         for wait in [0] + [self.wait * 2 ** i for i in range(RETRIES)]:
             time.sleep(wait)
+            if ended.is_set():                          # by another prompt of the batch
+                return ""
             try:
-                text = client.chat_completion(**request).choices[0].message.content or ""
+                choice = client.chat_completion(**request).choices[0]
+                text = choice.message.content or ""
                 skipped = next(i for i in range(len(start) + 1) if text.startswith(start[i:]))
-                return first + text[len(start) - skipped:]
+                written = Written(first + text[len(start) - skipped:])
+                if choice.finish_reason == "length":
+                    written.problem = f"cut at {request['max_tokens']} tokens"
+                return written
             except (HTTPError, OSError, ValueError, TypeError, LookupError, AttributeError) as err:
-                code = getattr(getattr(err, "response", None), "status_code", 0)
+                response = getattr(err, "response", None)
+                code = getattr(response, "status_code", 0)
                 problem = f"HTTP {code}" if code else type(err).__name__
+            if code in (400, 413, 422):
+                refused = Written(first)
+                refused.problem = f"refused by the server, {problem} {said_in(response)}".strip()
+                return refused
             if 400 <= code < 500 and code not in (408, 409, 429):
+                ended.set()
                 raise ConnectionError(f"--teacher {self.url}: {problem}; are the URL, "
                                       "--teacher-model and OPENAI_API_KEY right?")
+        ended.set()
         raise ConnectionError(f"--teacher {self.url}: no chat completion after {RETRIES + 1} tries "
                               f"({problem})")
 
 
-def quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+class Written(str):
+    """A server's text, and what was wrong with its writing: it was cut, or refused."""
+    problem = ""
 
 
-# ------------------------------------------------------------------------- what is of use as a pair
-
-@dataclass
-class Draft:
-    """A pair as it was written for a sample, and why it is of no use ("": it is of use)."""
-    sample: Sample
-    written: list[str]                  # all texts: what it cost
-    request: str
-    text: str                           # of its calls
-    reason: str = ""
-    read_back: bool = False
-
-
-def check_request(request: str, sample: Sample) -> str:
-    """Why a written request is of no use, or ""."""
-    plain, seed = "".join(filter(str.isalnum, request.casefold())), request_text(sample)
-    if not plain:
-        return "no request"
-    if '{"' in request or "<tool_call>" in request:
-        return "a call in place of a request"
-    if plain in "".join(filter(str.isalnum, seed.casefold())):
-        return "copy of the seed request"
-    for name in [tool["name"] for tool in sample.tools]:
-        is_word = re.fullmatch("[A-Z]?[a-z]+", name)        # `translate` may well be said
-        if name in request and name not in seed and not is_word:
-            return "the request names the tool"
-    return ""
-
-
-def check_text(text: str, sample: Sample) -> str:
-    """Why the calls in a text do not fit the sample's tools, or ""."""
-    calls = parse_calls(text).calls
-    reasons = [check_call(call, sample.tools) for call in calls]
-    return next(filter(None, reasons), "") if calls else "no call could be read"
-
-
-def stands_in(value: object, request: str) -> bool:
-    """Whether a request spells a value, each item of a list or object apart. It never spells
-    "", null, a boolean or an empty list."""
-    if isinstance(value, (list, dict)):
-        items = list(value.values() if isinstance(value, dict) else value)
-        return bool(items) and all(stands_in(item, request) for item in items)
-    text = re.escape(str(value).strip())
-    whole = rf"(?<!\w)(?<!\d[.,:]){text}(?!\w|[.,:]\d)"      # 5 is not in 15, nor in 5.7
-    named = text and value is not None and not isinstance(value, bool)
-    return bool(named and re.search(whole, request, re.I))
-
-
-def in_form_of(text: str, calls: Sequence[Call]) -> str:
-    """Calls with tags, unless `text`, the model's own, names a tool without them."""
-    # ours: training is to sharpen what the model calls, not how it writes. Tags that it never
-    # writes cost the five steps: it learns neither them nor the call.
-    tags = "<tool_call>" in answer_start(text)
-    return call_text(calls) if tags else "\n".join(map(call_json, calls))
-
-
-def asked(sample: Sample, text: str) -> list[dict]:
-    """The messages that show a sample's tools and ask for something to be written."""
-    return [system_message(sample.tools), {"role": "user", "content": text}]
-
-
-def write_each(writer: Writer, samples: Sequence[Sample], prompts: Sequence[Prompt], attempt: int,
-               config, limit: int = MAX_REQUEST_TOKENS + MAX_CALL_TOKENS) -> list[str]:
-    """One sampled text for each sample's prompt; what it draws depends on it and the attempt."""
-    keys = [(config.seed, sample.id, "pair", attempt) for sample in samples]
-    return writer(prompts, limit, config.temperature, config.top_p, keys)
-
-
-# ----------------------------------------------------- --pair call: first y', then its request x'
-
-def call_form(sample: Sample, line) -> Prompt:
-    """The prompt for a pair of the tool that H finds likeliest: its keys are given, its values and
-    the request are blanks. line: the sample's line of H."""
-    # paper: the pair is written in one go (--pair joint).
-    # ours: the call first. Request first, a small model's request is often for another tool, and
-    # the call it then writes seldom fits the schema.
-    name = max(line.candidates, key=line.candidates.get)
-    tool = next(tool for tool in sample.tools if tool["name"] == name)
-    direct = (*parse_calls(line.text).calls, Call(name))[0]
-    request, required = request_text(sample), required_arguments(tool)
-    parts, closers = [f'{{"name": {quoted(name)}, "arguments": {{'], []
-    for key, schema in tool["parameters"].items():
-        # ours: an optional argument is given where the direct answer has it and x spells it: else
-        # the pair would teach to leave it out. Where x does not, the pair teaches just that.
-        spoken = key in direct.arguments and stands_in(direct.arguments[key], request)
-        if key in required or spoken:
-            begin, closer, end = VALUES.get(kind_of(schema), VALUES["string"])
-            parts[-1] += f'{", " if closers else ""}{quoted(key)}:{begin}'
-            closers.append(closer)
-            parts.append(end)
-    parts[-1] += '}}\n"'
-    form = Form((*parts, '"'), (*closers, '"'))
-    start = PAIR_START.format(call=call_json(direct), request=quoted(request))
-    return Prompt(asked(sample, ASK_PAIR), start, form)
-
-
-def write_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
-                     config) -> list[Draft]:
-    """A draft for each sample: a call of the likeliest tool, and the request that it answers."""
-    prompts = [call_form(x, h[x.id]) for x in samples]
-    drafts, unspoken = [], []
-    for sample, text in zip(samples, write_each(writer, samples, prompts, attempt, config)):
-        call, _, request = text.partition("\n")
-        new, direct = parse_calls(call).calls, parse_calls(h[sample.id].text).calls
-        draft = Draft(sample, [text], "", in_form_of(h[sample.id].text, new))
-        drafts.append(draft)
-        draft.reason = check_text(call, sample)
-        try:
-            draft.request = " ".join(json.loads(request).split())
-        except (ValueError, AttributeError, RecursionError):
-            draft.reason = draft.reason or "the request did not end"
-        if draft.reason:
-            continue
-        draft.reason = check_request(draft.request, sample)
-        if len(new) > 1:
-            draft.reason = "more than one call"
-        if calls_key(new, sample.tools) in [calls_key([call], sample.tools) for call in direct]:
-            draft.reason = "the direct answer again"
-        spoken = [stands_in(value, draft.request) for value in new[0].arguments.values()]
-        if not draft.reason and not all(spoken):
-            unspoken.append(draft)
-    read_back(writer, unspoken, h, config)
-    return drafts
-
-
-def read_back(writer: Writer, drafts: Sequence[Draft], h: dict, config) -> None:
-    """Reject the drafts whose call is not also the greedy one for their request, with the tool's
-    name given: some value cannot be known from it. CN is not in "China", but is read from it."""
-    if not drafts:
-        return
-    calls = [parse_calls(draft.text).calls for draft in drafts]
-    prompts = []
-    for draft, (call,) in zip(drafts, calls):
-        begun = f'{answer_start(h[draft.sample.id].text)}{quoted(call.name)[1:]}, "arguments":'
-        messages = call_prompt(with_request(draft.sample, draft.request))
-        prompts.append(Prompt(messages, "", Form((begun,), ())))
-    keys = [(config.seed, draft.sample.id, "read back") for draft in drafts]
-    written = writer(prompts, MAX_CALL_TOKENS, 0.0, 1.0, keys)
-    for draft, own, text in zip(drafts, calls, written):
-        read, tools = parse_calls(text).calls[:1], draft.sample.tools
-        draft.written.append(text)
-        draft.read_back = calls_key(read, tools) == calls_key(own, tools)
-        if not draft.read_back:
-            draft.reason = "a value cannot be read from the request"
-
-
-# ------------------------------------------------------------------ --pair joint: in one go, freely
-
-def write_joint(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
-                config) -> list[Draft]:
-    """A draft for each sample: a request and the calls that answer it, in one text (paper)."""
-    prompts = [Prompt(asked(x, ASK_JOINT), JOINT_START.format(request=request_text(x)))
-               for x in samples]
-    drafts = []
-    for sample, text in zip(samples, write_each(writer, samples, prompts, attempt, config)):
-        line, _, rest = text.strip().partition("\n")
-        request = line.strip().removesuffix('"').strip()
-        reason = check_request(request, sample) or check_text(rest, sample)
-        calls = in_form_of(h[sample.id].text, parse_calls(rest).calls)      # without prose behind
-        drafts.append(Draft(sample, [text], request, calls, reason))
-    return drafts
-
-
-# ----------------------------------------------------------------------------------------------- G
-
-WAYS = {"call": write_call_first, "joint": write_joint}
-
-
-def synthesize(writer: Writer, samples: Sequence[Sample], h: dict, config,
-               write: Callable | None = None) -> list[Found]:
-    """For each sample up to K pairs (x', y') and the tries that failed, at most TRIES * K in all.
-    h: the lines of H by id. write: gives the drafts of a try, in place of --pair's."""
-    found = {sample.id: Found(sample.id) for sample in samples}
-    write = write or WAYS[config.pair]
-    for attempt in range(TRIES * config.k):
-        todo = [x for x in samples if len(found[x.id].pairs) < config.k]
-        if not todo:
-            break
-        for draft in write(writer, todo, h, attempt, config):
-            own = found[draft.sample.id]
-            own.texts += draft.written
-            copied = any(draft.request == p.request or draft.text == p.text for p in own.pairs)
-            if copied and not draft.reason:
-                draft.reason = "copy of an earlier pair"
-            if draft.reason:
-                own.rejected.append(Rejected(draft.written[0], draft.reason))
-            else:
-                own.pairs.append(Pair(draft.request, draft.text, draft.read_back))
-    return list(found.values())
+def said_in(response: object) -> str:
+    """The reason in a server's refusal, cut to a line; a key that it repeats is left out."""
+    try:
+        body = response.text
+        error = json.loads(body)
+        error = error.get("error", error) if isinstance(error, dict) else error
+        body = error.get("message", body) if isinstance(error, dict) else error
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    line = " ".join(str(body).replace(":", ",").split())[:100]
+    secret = os.environ.get("OPENAI_API_KEY", "").strip()
+    return line.replace(secret, "...") if secret else line

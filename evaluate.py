@@ -1,4 +1,4 @@
-"""When is an answer right? Scoring, a run's records, the table of runs, one sample's story.
+"""When is an answer right? Scoring, the table of runs, one sample's story.
 
     python evaluate.py runs/*                           # the table (--markdown, --json)
     python evaluate.py runs/NAME --sample sealtool-7    # what happened to one sample
@@ -6,53 +6,66 @@
 import argparse
 import json
 import math
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from data import Sample
-from data.calls import call_key, parse_calls
+from data.calls import call_keys, parse_calls
+from data.runs import Record, Run, Verdict, read_run, read_runs, write_run
 
 
 # --- Scoring: (text, gold calls) -> verdict -------------------------------------------------------
-@dataclass(frozen=True)
-class Verdict:
-    """What an answer is worth. `exact` is the score; the rest says why, and how far off it is."""
-    text: str               # the answer
-    exact: bool             # its calls are the gold calls, one to one, values read by the schema
-    reason: str             # "" if exact, else what is wrong first; its kind stands before ":"
-    strict: bool            # exact in the gold's own JSON types, in the form asked for alone
-    parsed: bool            # at least one call could be read
-    recovery: str           # what was forgiven to read it, as in `data.calls.Parsed`
-    name_correct: bool      # the multisets of names are equal
-    name_f1: float          # over names, one to one, in [0, 1]
-    argument_f1: float      # over (name, argument, value), one to one, in [0, 1]
+def exact_match(text: str, sample: Sample) -> Verdict:
+    """The verdict on any text: `exact_match("no idea", sample).reason -> "unparsable"`.
+
+    `exact` is whether the calls in it are the gold calls, one to one, values read by the schema.
+    Beside it, each in [0, 1]: `strict` (also in the gold's own JSON types, and in the form asked
+    for alone), `parsed` (at least one call could be read), `name_correct` (the multisets of names
+    are equal), `name_f1`, `argument_f1` (over (name, argument, value)), and `reachable` (every
+    gold call is of an offered tool; no method can be expected to call another)."""
+    parsed, gold = parse_calls(text), sample.answers
+    reachable = {call.name for call in gold} <= {tool["name"] for tool in sample.tools}
+    measures = {"strict": 0.0, "parsed": 0.0, "name_correct": 0.0, "name_f1": 0.0,
+                "argument_f1": 0.0, "reachable": float(reachable)}
+    if parsed.recovery == "unparsable" or not parsed.calls and gold:
+        return Verdict(text, False, "unparsable", measures)
+    said, wanted = call_keys(parsed.calls, sample.tools), call_keys(gold, sample.tools)
+    reason, parts = first_difference(said, wanted), {"name": [], "argument": [], "written": []}
+    for keys, calls in ((said, parsed.calls), (wanted, gold)):
+        parts["name"].append(Counter([call.name for call in calls]))
+        parts["argument"].append(Counter([(name, *pair) for name, pairs in keys.elements()
+                                          for pair in pairs]))
+        parts["written"].append(Counter([(call.name, json.dumps(call.arguments, sort_keys=True))
+                                         for call in calls]))
+    for part in ("name", "argument"):               # 2 |P and G| / (|P| + |G|), one to one
+        predicted, golden = parts[part]
+        total, common = predicted.total() + golden.total(), (predicted & golden).total()
+        measures[f"{part}_f1"] = 2 * common / total if total else 1.0
+    as_asked = not parsed.recovery and parts["written"][0] == parts["written"][1]
+    measures |= {"strict": float(not reason and as_asked), "parsed": float(bool(parsed.calls)),
+                 "name_correct": float(parts["name"][0] == parts["name"][1])}
+    return Verdict(text, not reason, reason, measures)
 
 
-def f1(predicted: Iterable, gold: Iterable) -> float:
-    """2 |P ∩ G| / (|P| + |G|) of multisets, one to one: `f1("aaa", "a") -> 0.5`; 1.0 of nothing."""
-    predicted, gold = Counter(predicted), Counter(gold)
-    total = predicted.total() + gold.total()
-    return 2 * (predicted & gold).total() / total if total else 1.0
-
-
-def _reason(predicted: list[tuple[str, frozenset]], gold: list[tuple[str, frozenset]]) -> str:
+def first_difference(predicted: Counter, gold: Counter) -> str:
     """The first thing by which two answers, as call keys, differ; "" if they do not."""
-    if len(predicted) != len(gold):
-        return f"wrong number of calls: {len(predicted)} for {len(gold)}"
-    names, gold_names = Counter(name for name, _ in predicted), Counter(name for name, _ in gold)
+    if predicted.total() != gold.total():
+        return f"wrong number of calls: {predicted.total()} for {gold.total()}"
+    names, gold_names = Counter(), Counter()
+    for keys, counts in ((predicted, names), (gold, gold_names)):
+        for name, _ in keys.elements():
+            counts[name] += 1
     if names != gold_names:
         wrong, right = next(iter(names - gold_names)), next(iter(gold_names - names))
         return f"wrong name: {wrong:.40} for {right}"
-    wrong, missed = Counter(predicted) - Counter(gold), Counter(gold) - Counter(predicted)
+    wrong, missed = predicted - gold, gold - predicted
     if not missed:
         return ""
     name, wanted = next(iter(missed))
     rivals = [pairs for other, pairs in wrong if other == name]
-    given, wanted = dict(max(rivals, key=lambda pairs: len(pairs & wanted))), dict(wanted)
+    given, wanted = dict(nearest(rivals, wanted)), dict(wanted)
     if lacking := wanted.keys() - given.keys():
         return f"missing argument: {min(lacking)}"
     if further := given.keys() - wanted.keys():
@@ -60,109 +73,22 @@ def _reason(predicted: list[tuple[str, frozenset]], gold: list[tuple[str, frozen
     return f"wrong value: {min(name for name in wanted if given[name] != wanted[name])}"
 
 
-def exact_match(text: str, sample: Sample) -> Verdict:
-    """The verdict on any text: `exact_match("no idea", sample).reason -> "unparsable"`."""
-    parsed = parse_calls(text)
-    if parsed.recovery == "unparsable" or not parsed.calls and sample.answers:
-        return Verdict(text, exact=False, reason="unparsable", strict=False, parsed=False,
-                       recovery=parsed.recovery, name_correct=False, name_f1=0.0, argument_f1=0.0)
-    def keys(calls): return [call_key(call, sample.tools) for call in calls]
-    def names(calls): return Counter(call.name for call in calls)
-    def values(calls): return [(name, *pair) for name, pairs in keys(calls) for pair in pairs]
-    def as_written(call): return call.name, json.dumps(call.arguments, sort_keys=True)
-    calls, gold = parsed.calls, sample.answers
-    same_types = Counter(map(as_written, calls)) == Counter(map(as_written, gold))
-    reason = _reason(keys(calls), keys(gold))
-    return Verdict(
-        text, exact=not reason, reason=reason, parsed=bool(calls), recovery=parsed.recovery,
-        strict=not reason and not parsed.recovery and same_types,
-        name_correct=names(calls) == names(gold), name_f1=f1(names(calls), names(gold)),
-        argument_f1=f1(values(calls), values(gold)))
+def nearest(rivals: Sequence[frozenset], wanted: frozenset) -> frozenset:
+    """The set that has most in common with what is wanted."""
+    shared = [len(pairs & wanted) for pairs in rivals]
+    return rivals[shared.index(max(shared))]
 
 
-def reachable(sample: Sample) -> bool:
-    """Whether every gold call is of an offered tool; no method can be expected to call another."""
-    return {call.name for call in sample.answers} <= {tool["name"] for tool in sample.tools}
-
-
-# --- Records: what a run leaves on disk -----------------------------------------------------------
-@dataclass
-class Record:
-    """One sample of a run: what H, G and T saw, and the verdicts before and after."""
-    id: str
-    request: str
-    margin: float                   # u(x) = p(1) - p(2), in [0, 1]
-    uncertain: bool                 # what the gate decided
-    outcome: str                    # certain, direct, adapted, no pair, non-finite, out of memory
-    candidates: dict[str, float]    # tool name: l_n in nats
-    base: Verdict                   # of the direct answer
-    answer: Verdict                 # of the answer that counts
-    pairs: list[dict]               # of G, as in augment.Pair ...
-    rejected: list[dict]            # ... and augment.Rejected
-    losses: list[float]             # one a training step, in nats
-    norms: list[float]              # of the gradient, likewise
-    seconds: dict[str, float]       # by step
-    tokens: dict[str, int]          # by step
-    gold: str                       # the gold calls as text
-    reachable: bool
-    log_p: list[float]              # of the direct answer's tokens, its end included, in nats
-    entropy: list[float]            # likewise
-    ids: list[int]                  # the direct answer's tokens without its end
-    prompt_tokens: int
-    extra: dict = field(default_factory=dict)       # what a run of research adds
-
-    def __post_init__(self):
-        if isinstance(self.base, dict):             # as it is read
-            self.base, self.answer = Verdict(**self.base), Verdict(**self.answer)
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-    config: dict
-    records: list[Record]
-
-
-def read_run(folder: Path) -> Run:
-    """A run of train.py; FileNotFoundError or ValueError name the file, the line and the fault."""
-    paths = folder / "config.json", folder / "records.jsonl"
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}: is {folder} a run folder of train.py?")
-    config, lines = paths[0].read_bytes(), paths[1].read_bytes().splitlines()
-    records = [_read(Record, line, f"{paths[1]}, line {i}") for i, line in enumerate(lines, 1)]
-    return Run(folder, _read(dict, config, str(paths[0])), records)
-
-
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of `runs/*`, where the kept stages lie beside them."""
-    return [read_run(folder) for folder in folders if folder.name != "stages"]
-
-
-def _read(kind: type, content: bytes, where: str) -> object:
-    try:
-        return kind(**json.loads(content))
-    except (ValueError, TypeError, RecursionError) as error:    # the second: a field lacks
-        raise ValueError(f"{where}: {error}; the run's command writes it again") from None
-
-
-def write_run(folder: Path, config: dict, records: list[Record]) -> None:
-    """Write config.json, records.jsonl and summary.json, each whole or not at all; never a NaN."""
-    def dumped(value, indent=None): return json.dumps(value, indent=indent, allow_nan=False) + "\n"
-    contents = {"config.json": dumped(config, 2),
-                "records.jsonl": "".join(dumped(asdict(record)) for record in records),
-                "summary.json": dumped(summarise(records), 2)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+# --- The end of a run -----------------------------------------------------------------------------
+def join(run: Run) -> None:
+    """Write the run folder, and tell what came out."""
+    if not write_run(run, summarise(run.records)):
+        print(f"{run.folder}: more samples are in it already; it is left as it is")
+        run = read_run(run.folder)
+    print(table([run]))
+    changed = [record for record in run.records if record.base.exact != record.answer.exact]
+    for record in [*changed, *run.records][:1]:
+        print(f"Next: python evaluate.py {run.folder} --sample {record.id}    tells its story.")
 
 
 # --- The table: one line a run --------------------------------------------------------------------
@@ -173,42 +99,60 @@ HEAD = ["run", "n", "uncertain", "adapted", "no pair", "base", "after", "gain", 
 
 
 def summarise(records: Sequence[Record]) -> dict:
-    """A run's counts, shares in [0, 1] (None without records), and seconds by step."""
-    def mean(values): return sum(values) / len(records) if records else None
-    def kinds(reasons): return dict(Counter(r.partition(":")[0] for r in reasons).most_common())
-    outcomes, seconds, measures = Counter(r.outcome for r in records), Counter(), {}
+    """A run's counts, shares in [0, 1] (without records none), and seconds by stage."""
+    outcomes = Counter([r.outcome for r in records])
+    fixed = sum([r.answer.exact and not r.base.exact for r in records])
+    harmed = sum([r.base.exact and not r.answer.exact for r in records])
+    summary = {"n": len(records), "uncertain": sum([r.uncertain for r in records]),
+               "adapted": outcomes["adapted"], "no_pair": outcomes["no pair"],
+               "non_finite": outcomes["non-finite"], "out_of_memory": outcomes["out of memory"],
+               "too_long": outcomes["too long"], "fixed": fixed, "harmed": harmed}
+    reasons, rejected, seconds, measures = Counter(), Counter(), Counter(), Counter()
     for record in records:
+        reasons.update([record.answer.reason.partition(":")[0]] * (not record.answer.exact))
+        rejected.update([tried["reason"].partition(":")[0] for tried in record.rejected])
         seconds.update(record.seconds)
-    for name in ("strict", "parsed", "name_correct", "name_f1", "argument_f1"):
-        measures[f"base_{name}"] = mean(getattr(r.base, name) for r in records)
-        measures[f"answer_{name}"] = mean(getattr(r.answer, name) for r in records)
-    return {"n": len(records), "uncertain": sum(r.uncertain for r in records),
-            "adapted": outcomes["adapted"], "no_pair": outcomes["no pair"],
-            "non_finite": outcomes["non-finite"], "out_of_memory": outcomes["out of memory"],
-            "base_accuracy": mean(r.base.exact for r in records),
-            "accuracy": mean(r.answer.exact for r in records),
-            "fixed": sum(r.answer.exact and not r.base.exact for r in records),
-            "harmed": sum(r.base.exact and not r.answer.exact for r in records),
-            **measures, "reachable": mean(r.reachable for r in records),
-            "reasons": kinds(r.answer.reason for r in records if r.answer.reason),
-            "rejected": kinds(tried["reason"] for r in records for tried in r.rejected),
-            "seconds": {step: round(total, 3) for step, total in seconds.items()}}
+        for when, verdict in (("base", record.base), ("answer", record.answer)):
+            measures[f"{when}_accuracy"] += verdict.exact
+            measures.update({f"{when}_{name}": v for name, v in verdict.measures.items()})
+    summary |= {name: total / len(records) for name, total in measures.items()}
+    cut = sum([record.answer.reason.startswith("cut at") for record in records])
+    return summary | {
+        "cut": cut, "reasons": dict(reasons.most_common()),
+        "rejected": dict(rejected.most_common()),
+        "seconds": {stage: round(total, 3) for stage, total in seconds.items()}}
 
 
 def table(runs: Sequence[Run], markdown: bool = False) -> str:
-    """One line a run, and notes to read it by; accuracies in percent, by `exact`."""
+    """One line a run, and below what a reader must know; accuracies in percent, by `exact`."""
     rows, notes = [HEAD], {}                            # notes: a note -> the runs it is about
     for run in runs:
-        name, s = printable(run.folder.resolve().name), summarise(run.records)
-        for note in _notes(run.config, s):
+        name, s, config = printable(run.folder.resolve().name), summarise(run.records), run.config
+        source, paper = str(config.get("data")), PAPER_GAIN.get(str(config.get("bench")))
+        own = source == "bundled" or source.endswith(".json")       # a file may hold any samples
+        share = s.get("answer_reachable", 1)
+        said = {
+            "no finished sample yet": not run.records,
+            "bundled samples, made for this project; they are not the benchmark":
+                run.records and source == "bundled",
+            f"the paper's gain (Qwen2.5-1.5B-Instruct, 5 seeds) is +{paper}":
+                run.records and paper and not own,
+            f"non-finite, the direct answer stands: {s['non_finite']}": s["non_finite"],
+            f"out of memory, the direct answer stands: {s['out_of_memory']}": s["out_of_memory"],
+            f"too long for the model's context: {s['too_long']}": s["too_long"],
+            f"wrong answers that were cut at --max-new-tokens: {s['cut']}": s["cut"],
+            f"at most {share:.1%} can be right: elsewhere a gold tool is not offered": share < 1,
+            "uses labels": config.get("uses_labels") is True}
+        for note in [note for note, holds in said.items() if holds]:
             notes.setdefault(note, []).append(name)
         if run.records:
-            counts = [str(s[key]) for key in ("n", "uncertain", "adapted", "no_pair")]
-            base, after = 100 * s["base_accuracy"], 100 * s["accuracy"]
-            pace = sum(s["seconds"].values()) / s["n"]
-            rows.append([name, *counts, f"{base:.1f}", f"{after:.1f}", f"{after - base:+.1f}",
-                         str(s["fixed"]), str(s["harmed"]),
-                         f"{100 * s['answer_name_correct']:.1f}", f"{pace:.2f}"])
+            base, after = 100 * s["base_accuracy"], 100 * s["answer_accuracy"]
+            of = "" if s["n"] == config.get("samples", s["n"]) else f" of {config['samples']}"
+            names = f"{100 * s['answer_name_correct']:.1f}" if "answer_name_correct" in s else "-"
+            rows.append([name, f"{s['n']}{of}", f"{s['uncertain']}", f"{s['adapted']}",
+                         f"{s['no_pair']}", f"{base:.1f}", f"{after:.1f}", f"{after - base:+.1f}",
+                         f"{s['fixed']}", f"{s['harmed']}", names,
+                         f"{sum(s['seconds'].values()) / s['n']:.2f}"])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     lines = []
@@ -221,22 +165,6 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _notes(config: dict, summary: dict) -> list[str]:
-    if not summary["n"]:
-        return ["no finished sample yet"]
-    source, paper = str(config.get("data")), PAPER_GAIN.get(str(config.get("bench")))
-    own = source == "bundled" or source.endswith(".json")       # a file may hold any samples
-    failed, too_large, share = summary["non_finite"], summary["out_of_memory"], summary["reachable"]
-    notes = {
-        "bundled samples, made for this project; they are not the benchmark": source == "bundled",
-        f"the paper's gain (Qwen2.5-1.5B-Instruct, 5 seeds) is +{paper}": paper and not own,
-        f"adaptations dropped as non-finite, the direct answer stands: {failed}": failed,
-        f"adaptations out of memory, the direct answer stands: {too_large}": too_large,
-        f"at most {share:.1%} can be right: elsewhere a gold tool is not offered": share < 1,
-        "uses labels": config.get("uses_labels") is True}
-    return [note for note, holds in notes.items() if holds]
-
-
 # --- The story of one sample ----------------------------------------------------------------------
 def printable(text: str) -> str:
     """Text that is safe to print: control characters, which could steer a terminal, as escapes."""
@@ -247,13 +175,14 @@ def printable(text: str) -> str:
 def story(record: Record, tau: float) -> str:
     """What happened to one sample, in the order of Algorithm 1, for the terminal."""
     rows = [("sample", f"{record.id}: {record.outcome}"), ("request", record.request)]
-    best = max(record.candidates.values())
+    best = max(record.candidates.values(), default=0.0)
     weights = {name: math.exp(l - best) for name, l in record.candidates.items()}
     for name in sorted(weights, key=weights.get, reverse=True):
         p = weights[name] / sum(weights.values())               # Relative Softmax Scoring
         rows.append(("candidate", f"{p:6.1%} {'#' * round(30 * p):30} {name}"))
-    side = "below" if record.margin < tau else "not below"
-    rows.append(("margin", f"{record.margin:.3f}, {side} tau = {tau:.3g}"))
+    if record.margin is not None:                               # None: H has failed
+        side = "below" if record.margin < tau else "not below"
+        rows.append(("margin", f"{record.margin:.3f}, {side} tau = {tau:.3g}"))
     for pair in record.pairs:
         rows.append(("pair", f"{pair['request']}\n{pair['text']}"))
     for tried in record.rejected:
@@ -284,18 +213,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.sample is None:
             print(table(runs, args.markdown))
         else:
-            print("\n\n".join(_story_in(run, args.sample) for run in runs))
+            print("\n\n".join(story_in(run, args.sample) for run in runs))
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 
 
-def _story_in(run: Run, id: str) -> str:
+def story_in(run: Run, id: str) -> str:
+    """A sample's story under the name of its run, which says if that is not finished."""
     records = {record.id: record for record in run.records}
     if id not in records:
         raise ValueError(f"{run.folder} has no sample {id!r}; it has {', '.join([*records][:3])}")
-    return f"{printable(str(run.folder))}\n{story(records[id], run.config.get('tau', math.nan))}"
+    head, all_of_them = printable(str(run.folder)), run.config.get("samples", len(records))
+    if len(records) != all_of_them:
+        head += f": {len(records)} of {all_of_them} samples"
+    return f"{head}\n{story(records[id], run.config.get('tau', math.nan))}"
 
 
 if __name__ == "__main__":

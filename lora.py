@@ -1,9 +1,9 @@
-"""LoRA (Hu et al. 2021) as a batch of independent adapters: for each row b of the batch,
+"""LoRA (Hu et al. 2021) as a batch of independent adapters: for each row i of the batch,
 
-    y_b = W x_b + (alpha / r) B_b A_b x_b
+    y_i = W x_i + (alpha / r) B_i A_i x_i
 
 The base layer is never written to: an adapter is two small float32 tensors beside it, and to
-reset is to drop them. Shapes as in model.py; R is the rank.
+reset is to drop them. Shapes as in model.py.
 """
 import json
 import math
@@ -20,21 +20,8 @@ from torch import nn
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 PEFT = "base_model.model."      # what peft puts before a layer's name
-Params = dict[str, tuple[torch.Tensor, torch.Tensor]]   # layer name -> A (B, R, in), B (B, out, R)
-
-
-class LoRALinear(nn.Module):
-    """A linear layer with B adapters beside it: row b of the input uses adapter b, or all rows
-    use the only one."""
-
-    def __init__(self, base: nn.Linear, A: torch.Tensor, B: torch.Tensor, scale: float):
-        super().__init__()
-        self.base, self.A, self.B, self.scale = base, A, B, scale
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, in) -> (B, T, out). The adapters multiply in the type of the base."""
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        return torch.baddbmm(self.base(x), x @ A.mT, B.mT.expand(len(x), -1, -1), alpha=self.scale)
+# a layer's name -> A (rows, rank, in), B (rows, out, rank)
+Params = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def new_params(model: nn.Module, rank: int, generators: Sequence[torch.Generator]) -> Params:
@@ -58,20 +45,35 @@ def new_params(model: nn.Module, rank: int, generators: Sequence[torch.Generator
 @contextmanager
 def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[torch.Tensor]]:
     """Within the block the model's layers have the adapters of `params` beside them; afterwards,
-    also after an exception, the original layers are restored. Gives the tensors to train."""
+    also after an exception, the original layers are back: this is the reset. Gives the tensors to
+    train."""
     layers = dict(model.named_modules())
     if any(isinstance(layer, LoRALinear) for layer in layers.values()):
         raise RuntimeError("the model has adapters already: leave the inner block first")
     try:
         for name, (A, B) in params.items():
-            parent, _, last = name.rpartition(".")
+            parent, _, child = name.rpartition(".")
             adapted = LoRALinear(layers[name], A, B, alpha / A.shape[1])
-            setattr(layers[parent], last, adapted)
+            setattr(layers[parent], child, adapted)
         yield [tensor for pair in params.values() for tensor in pair]
     finally:
         for name in params:
-            parent, _, last = name.rpartition(".")
-            setattr(layers[parent], last, layers[name])
+            parent, _, child = name.rpartition(".")
+            setattr(layers[parent], child, layers[name])
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with a batch of adapters beside it: row i of the input uses adapter i, or all
+    rows use the only one."""
+
+    def __init__(self, base: nn.Linear, A: torch.Tensor, B: torch.Tensor, scale: float):
+        super().__init__()
+        self.base, self.A, self.B, self.scale = base, A, B, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, new, in) -> (rows, new, out). The adapters multiply in the type of the base."""
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        return torch.baddbmm(self.base(x), x @ A.mT, B.mT.expand(len(x), -1, -1), alpha=self.scale)
 
 
 def save_adapter(folder: Path, params: Params, alpha: float, row: int = 0) -> None:

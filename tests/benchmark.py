@@ -26,11 +26,12 @@ import torch.nn.functional as F
 import data
 import train
 from augment import LocalWriter, Prompt, call_form
-from data import call_prompt, call_text
+from data import call_names, call_prompt, request_text
+from data.calls import CALL_START, call_text
+from data.chat import Tokenizer
 from lora import TARGETS, adapters, new_params
-from model import (ModelConfig, PackedLinear, Qwen2, Tokenizer, attend, choose, generate,
-                   load_model, seeded)
-from uncertainty import ANSWER_START, PrefixCaches, score_candidates
+from model import (ModelConfig, PackedLinear, Qwen2, attend, choose, generate, load_model, seeded)
+from uncertainty import PrefixCaches, score_candidates
 
 SIZES = {   # hidden, feed-forward, layers, heads, key/value heads, tied embedding, vocabulary
     "0.5b": (896, 4864, 24, 14, 2, True, 151936), "1.5b": (1536, 8960, 28, 12, 2, True, 151936),
@@ -66,52 +67,63 @@ class Clock:
         return sum(statistics.median(self.seconds[s][1:]) for s in known if s in self.seconds)
 
 
+def device_of(model: Qwen2) -> torch.device:
+    return model.model.norm.weight.device
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    system, rest = tokenizer.chat(messages)
+    return system + rest
+
+
 def target_ids(tokenizer: Tokenizer, sample: data.Sample) -> list[int]:
     return [*tokenizer.encode(call_text(sample.answers)), tokenizer.im_end]
 
 
 def pair_prompt(sample: data.Sample) -> Prompt:
     """What a pair's values and request are written after; without an end of its own."""
-    names = [tool["name"] for tool in sample.tools]
-    line = SimpleNamespace(text=call_text(sample.answers), candidates=dict.fromkeys(names, 0.0))
-    prompt = call_form(sample, line)
-    return Prompt(prompt.messages, prompt.start + prompt.form.parts[0])
+    line = SimpleNamespace(request=request_text(sample),
+                           candidates=dict.fromkeys(call_names(sample), 0.0))
+    prompt = call_form(sample, line, sample.answers)
+    return Prompt(prompt.messages, prompt.start + prompt.form.start)
 
 
 def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, config) -> None:
     prefixes = PrefixCaches(model)
-    head, rest = tokenizer.split_chat(call_prompt(sample))
-    names, target = [tool["name"] for tool in sample.tools], target_ids(tokenizer, sample)
+    head, rest = tokenizer.chat(call_prompt(sample))
+    names, target = call_names(sample), target_ids(tokenizer, sample)
     cache = clock("prefill", lambda: prefixes.read(head), len(head))
 
     def score():
         with torch.no_grad():
-            model(torch.tensor([rest[:-1]], device=model.device), cache)
-        score_candidates(model, tokenizer, cache, rest[-1:], names)
+            model([rest[:-1]], cache)
+        score_candidates(model, tokenizer, cache, rest[-1:], names, CALL_START, '"')
     clock("score", score, len(rest) + sum(len(tokenizer.encode(name)) for name in names))
-    clock("direct answer", lambda: generate(model, [rest[-1:]], frozenset(), NEW, cache))
+    clock("direct answer", lambda: generate(model, tokenizer, [rest[-1:]], NEW, [cache]))
     writer, ask = LocalWriter(model, tokenizer, prefixes), pair_prompt(sample)
     clock("pair", lambda: writer([ask], 2 * NEW, config.temperature, config.top_p, [("pair",)]),
           2 * NEW)
-    tools = prefixes.read(head)
-    for adapt, prompt, prefix in (("full", head + rest, None), ("suffix", rest, tools)):
+    for adapt in ("full", "suffix"):
+        caches, (prompt,) = prefixes.split(tokenizer, [call_prompt(sample)], adapt)
         params = new_params(model, config.rank, [seeded("lora")])
         with adapters(model, params, config.alpha) as tensors:
-            examples = [[(prompt, target)]]
-            clock(f"train {adapt}", lambda: train.fine_tune(model, examples, tensors, config,
-                                                            prefix), 5 * len(prompt + target))
+            rounds = [([(prompt, target)], caches)]
+            clock(f"train {adapt}", lambda: train.fine_tune(model, rounds, tensors, config),
+                  5 * len(prompt + target))
             clock(f"adapted answer {adapt}",
-                  lambda: generate(model, [prompt], frozenset(), NEW, prefix))
+                  lambda: generate(model, tokenizer, [prompt], NEW, caches))
 
 
 def random_model(size: str, device: str, dtype: torch.dtype) -> Qwen2:
     hidden, wide, layers, heads, groups, tied, vocabulary = SIZES[size]
-    config = ModelConfig(vocabulary, hidden, wide, layers, heads, groups, tie_word_embeddings=tied)
+    config = ModelConfig(vocabulary, hidden, wide, layers, heads, groups, rms_norm_eps=1e-6,
+                         rope_theta=1e6, tie_word_embeddings=tied)
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Qwen2(config).to(dtype)
     model.to_empty(device=device)
-    model.tie()
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.02)
     return model.requires_grad_(False)
@@ -120,7 +132,7 @@ def random_model(size: str, device: str, dtype: torch.dtype) -> Qwen2:
 def in_transformers(model: Qwen2):
     """The same weights as a transformers model."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    with model.device:
+    with device_of(model):
         plain = Qwen2ForCausalLM(Qwen2Config(**vars(model.config)))
     plain.to(model.model.norm.weight.dtype).load_state_dict(model.state_dict(), strict=False)
     return plain.requires_grad_(False).eval()
@@ -128,14 +140,14 @@ def in_transformers(model: Qwen2):
 
 def plainly(clock: Clock, model, tokenizer: Tokenizer, sample: data.Sample, config) -> None:
     from peft import LoraConfig, get_peft_model
-    prompt, device = tokenizer.chat(call_prompt(sample)), model.device
+    prompt, device = prompt_ids(tokenizer, call_prompt(sample)), model.device
     target, pair = target_ids(tokenizer, sample), pair_prompt(sample)
-    ask = tokenizer.chat(pair.messages) + tokenizer.encode(pair.start)
+    ask = prompt_ids(tokenizer, [*pair.messages, {"role": "assistant", "content": pair.start}])
 
     def score():
         for tool in sample.tools:
             name = tokenizer.encode(tool["name"])
-            ids = torch.tensor([prompt + tokenizer.encode(ANSWER_START) + name], device=device)
+            ids = torch.tensor([prompt + tokenizer.encode(CALL_START) + name], device=device)
             log_p = model(ids).logits.float().log_softmax(-1)[0, -len(name) - 1:-1]
             log_p.gather(1, torch.tensor(name, device=device)[:, None]).sum()
 
@@ -169,7 +181,7 @@ def plainly(clock: Clock, model, tokenizer: Tokenizer, sample: data.Sample, conf
 
 def report(model: Qwen2, here: Clock, there: Clock) -> None:
     """Print the table of stages, and what they come to for a sample."""
-    device, dtype = model.device, model.model.norm.weight.dtype
+    device, dtype = device_of(model), model.model.norm.weight.dtype
     machine, big = Clock(), torch.empty(2 ** 26, device=device)
     a = torch.randn(2048, 2048, device=device).to(dtype)
     for _ in range(5):
@@ -207,20 +219,20 @@ def compare(name: str, plain, fast) -> None:
 @torch.no_grad()
 def fast_paths(model: Qwen2) -> None:
     """Print how much faster parts with a plain twin are, 573 tokens read."""
-    c, device, dtype = model.config, model.device, model.model.norm.weight.dtype
-    G, H, S = c.num_key_value_heads, c.num_attention_heads, 573
+    c, device, dtype = model.config, device_of(model), model.model.norm.weight.dtype
+    read, d = 573, c.hidden_size // c.num_attention_heads
     layers = [block.mlp.gate_proj for block in model.model.layers]
     for rows in (1, 5, 7, 80) if isinstance(layers[0], PackedLinear) else ():
         x = torch.randn(rows, c.hidden_size, dtype=dtype)
         compare(f"packed gate_proj of all layers, {rows} rows",
                 lambda: [F.linear(x, layer.weight) for layer in layers],
                 lambda: [layer(x) for layer in layers])
-    for B, T in ((1, 1), (5, 1), (1, 7), (1, 80)):
-        q, k, v = (torch.randn(B, heads, length, c.hidden_size // H, device=device).to(dtype)
-                   for heads, length in ((H, T), (G, S), (G, S)))
-        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=device).tril(S - T)
-        mask = None if T == 1 else mask
-        compare(f"attention by groups, {B} x {T} queries",
+    for rows, new in ((1, 1), (5, 1), (1, 7), (1, 80)):
+        q = torch.randn(rows, c.num_attention_heads, new, d, device=device).to(dtype)
+        k, v = torch.randn(2, rows, c.num_key_value_heads, read, d, device=device).to(dtype)
+        mask = torch.ones(1, 1, new, read, dtype=torch.bool, device=device).tril(read - new)
+        mask = None if new == 1 else mask
+        compare(f"attention by groups, {rows} x {new} queries",
                 lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True),
                 lambda: attend(q, k, v, mask))
     logits = 8 * torch.randn(1, c.vocab_size, device=device)         # peaked, as a model's are
@@ -231,17 +243,18 @@ def fast_paths(model: Qwen2) -> None:
 
 def together(model: Qwen2, tokenizer: Tokenizer, samples: list, size: int, config) -> None:
     """Print how much faster `size` samples are adapted in one batch than one after another."""
-    rows = [[(tokenizer.chat(call_prompt(sample)), target_ids(tokenizer, sample))]
-            for sample in (samples * size)[:size]]
+    examples = []
+    for sample in (samples * size)[:size]:
+        examples.append((prompt_ids(tokenizer, call_prompt(sample)), target_ids(tokenizer, sample)))
 
     def fit(part):
         params = new_params(model, config.rank, [seeded("lora", i) for i in range(len(part))])
         with adapters(model, params, config.alpha) as tensors:
-            train.fine_tune(model, part, tensors, config)
+            train.fine_tune(model, [(part, [])], tensors, config)
     clock = Clock()
     for _ in range(2):
-        clock("together", lambda: fit(rows))
-        clock("one by one", lambda: [fit([row]) for row in rows])
+        clock("together", lambda: fit(examples))
+        clock("one by one", lambda: [fit([example]) for example in examples])
     at_once, alone = clock.median("together"), clock.median("one by one")
     print(f"{size} samples adapted, full: {at_once:.2f} s together, {alone:.2f} s one after "
           f"another: {alone / at_once:.1f}x")
@@ -273,7 +286,7 @@ def main() -> None:
         tools = {tool["name"]: tool for sample in samples for tool in sample.tools}
         samples = [replace(x, tools=tuple(({t["name"]: t for t in x.tools} | tools).values())[:24])
                    for x in samples]
-    lengths = {x.id: len(tokenizer.chat(call_prompt(x))) for x in samples}
+    lengths = {x.id: len(prompt_ids(tokenizer, call_prompt(x))) for x in samples}
     wanted = args.tokens or statistics.median_low(lengths.values())
     shortest = min(samples, key=lambda x: lengths[x.id])
     samples = sorted(samples, key=lambda x: abs(lengths[x.id] - wanted))[:args.limit]

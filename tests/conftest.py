@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import model as model_py
+from data.chat import Tokenizer
 
 torch.set_num_threads(1)                    # on matrices this small, more only get in the way
 
@@ -65,6 +66,11 @@ def write_checkpoint(folder: Path, **changes) -> Path:
     return folder
 
 
+def logits(model, ids, cache=None) -> torch.Tensor:
+    """Logits (rows, new, vocab) in float32 of one pass."""
+    return model.lm_head(model(ids, cache)).float()
+
+
 def transformers_model(folder: Path):
     """The reference; what a checkpoint lacks it would make up, so nothing may be missing."""
     model, info = pytest.importorskip("transformers").Qwen2ForCausalLM.from_pretrained(
@@ -84,5 +90,5 @@ def model(checkpoint) -> model_py.Qwen2:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(checkpoint) -> model_py.Tokenizer:
-    return model_py.Tokenizer(checkpoint)
+def tokenizer(checkpoint) -> Tokenizer:
+    return Tokenizer(checkpoint)

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from augment import ASK_JOINT, ASK_PAIR, TRIES, call_form, check_request, stands_in, synthesize
-from data import Sample, call_prompt, system_message, with_request
+from augment import (ASK_JOINT, ASK_PAIR, TRIES, LocalWriter, Prompt, Written, call_form,
+                     check_request, stands_in, synthesize)
+from data import Sample, call_prompt, request_text, with_request
 from data.calls import Call, parse_calls
-from train import Assessed
+from model import Blank, Form, generate
+from train import CALLING, Assessed
+from uncertainty import PrefixCaches
 
 TOOLS = ({"name": "get_weather", "description": "", "parameters": {
              "city": {"type": "string", "required": True}, "days": {"type": "integer"}}},
@@ -24,10 +27,21 @@ def weather(name: str = "get_weather", **arguments) -> str:
 ROME, OSLO, PARIS = weather(city="Rome"), weather(city="Oslo"), weather(city="Paris")
 
 
-def assessed(text: str = ROME, **l: float) -> Assessed:
-    """A line of H: the direct answer, and the candidates' scores."""
+def assessed(text: str = ROME, sample: Sample = SAMPLE, **l: float) -> Assessed:
+    """A line of H: the request, the direct answer, and the candidates' scores."""
     scores = l or {"get_weather": -1.0, "get_time": -2.0}
-    return Assessed("s-0", "", scores, 0.5, 9, text, [], [], [])
+    return Assessed(sample.id, request=request_text(sample), candidates=scores, margin=0.5,
+                    text=text)
+
+
+def shown(sample: Sample, line: Assessed) -> Prompt:
+    """What a writer is shown for a pair whose call comes first."""
+    return call_form(sample, line, parse_calls(line.text).calls)
+
+
+def around(form: Form) -> list[str]:
+    """The fixed texts of a form: before its blanks, between them, and behind."""
+    return [form.start, *(blank.tail for blank in form.blanks)]
 
 
 class Script:
@@ -42,12 +56,13 @@ class Script:
         return [self.texts.pop(0) for _ in keys]
 
 
-def write(*texts: str, sample: Sample = SAMPLE, line: Assessed = assessed(), **changes):
+def write(*texts: str, sample: Sample = SAMPLE, line: Assessed | None = None, **changes):
     """What comes of a script for one sample: the pairs, the reasons, the script."""
     config = {"pair": "call", "k": 1, "seed": 0, "temperature": 0.7, "top_p": 0.95, **changes}
-    script = Script(*texts)
-    found, = synthesize(script, [sample], {sample.id: line}, SimpleNamespace(**config))
-    return found.pairs, [r.reason for r in found.rejected], script
+    agent = SimpleNamespace(writer=Script(*texts), task=CALLING)
+    h = {sample.id: line or assessed(sample=sample)}
+    found, = synthesize(agent, [sample], SimpleNamespace(**config), h)
+    return found.pairs, [r.reason for r in found.rejected], agent.writer
 
 
 # --------------------------------------------------------------------------- what a writer is shown
@@ -56,10 +71,12 @@ def test_keys_are_given_and_values_are_blanks_up_to_what_closes_their_type():
     parameters = {"name": {"type": "str"}, "ids": {"type": "list(int)"}, "n": {"type": "integer"},
                   "on": {"type": "boolean"}, "where": {"type": "object"}, "any": {}}
     tool = {"name": "f", "description": "", "parameters": parameters}       # it marks nothing:
-    form = call_form(replace(SAMPLE, tools=(tool,)), assessed(f=0.0)).form  # all are required
-    assert form.closers == ('"', "]", ",}\n", ",}\n", "}", '"', '"')
+    form = shown(replace(SAMPLE, tools=(tool,)), assessed(f=0.0)).form      # all are required
+    closing = [(blank.closing, blank.opening) for blank in form.blanks]
+    assert closing == [('"', ""), ("]", "["), (",}\n", ""), (",}\n", ""), ("}", "{"), ('"', ""),
+                       ('"', "")]
     blanks = ["Bob", "1, 2", " 3", " true", '"k": 4', "x", "Do it."]
-    text = "".join(part + blank for part, blank in zip(form.parts, [*blanks, ""]))
+    text = "".join(part + blank for part, blank in zip(around(form), [*blanks, ""], strict=True))
     call, request = text.split("\n")
     assert parse_calls(call).calls == (Call("f", {"name": "Bob", "ids": [1, 2], "n": 3, "on": True,
                                                   "where": {"k": 4}, "any": "x"}),)
@@ -69,18 +86,18 @@ def test_keys_are_given_and_values_are_blanks_up_to_what_closes_their_type():
 def test_the_call_is_of_the_likeliest_tool_behind_the_direct_call_and_the_users_turns():
     turns = [("user", "Rome,"), ("assistant", "Which day?"), ("user", 'say "today".')]
     sample = replace(SAMPLE, messages=tuple({"role": r, "content": text} for r, text in turns))
-    prompt = call_form(sample, assessed(get_weather=-3.0, get_time=-1.0))
-    assert prompt.form.parts == ('{"name": "get_time", "arguments": {}}\n"', '"')
-    assert prompt.messages == [system_message(TOOLS), {"role": "user", "content": ASK_PAIR}]
+    prompt = shown(sample, assessed(sample=sample, get_weather=-3.0, get_time=-1.0))
+    assert around(prompt.form) == ['{"name": "get_time", "arguments": {}}\n"', '"']
+    assert prompt.messages == [call_prompt(sample)[0], {"role": "user", "content": ASK_PAIR}]
     assert prompt.start == f'1. {ROME}\n"Rome, say \\"today\\"."\n2. '
-    assert call_form(sample, assessed("no call")).start.startswith(f"1. {weather()}\n")
+    assert shown(sample, assessed("no call")).start.startswith(f"1. {weather()}\n")
 
 
 @pytest.mark.parametrize("days, given", [(5, True), (7, False)])
 def test_an_optional_argument_is_given_where_the_request_speaks_of_it(days, given):
     sample = replace(SAMPLE, messages=({"role": "user", "content": "Rome, 5 days."},))
-    form = call_form(sample, assessed(weather(city="Rome", days=days))).form
-    assert ('"days":' in "".join(form.parts)) == given
+    form = shown(sample, assessed(weather(city="Rome", days=days), sample)).form
+    assert ('"days":' in "".join(around(form))) == given
 
 
 # ------------------------------------------------------------------------- what is of use as a pair
@@ -119,9 +136,10 @@ def test_each_check_rejects_with_its_reason_and_lets_pass_what_is_sound(bad, rea
 
 def test_a_request_may_name_a_tool_that_x_names_or_whose_name_is_a_word():
     named = replace(SAMPLE, messages=({"role": "user", "content": "Use get_time now."},))
-    assert check_request("Now get_time in Oslo", named) == ""
+    assert check_request("Now get_time in Oslo", named, request_text(named)) == ""
+    assert check_request("Now get_time in Oslo", named, request_text(SAMPLE)) != ""
     word = replace(SAMPLE, tools=({**TOOLS[0], "name": "Count"},))
-    assert check_request("Count the cats on my account", word) == ""
+    assert check_request("Count the cats on my account", word, request_text(word)) == ""
 
 
 NAME, UNREAD = 'a"b\\c', ["a value cannot be read from the request"]
@@ -134,11 +152,11 @@ def test_a_value_that_the_request_does_not_spell_must_be_read_back_from_it(read,
     sample = replace(SAMPLE, tools=({**TOOLS[0], "name": NAME},))
     pairs, found, script = write(
         f'{weather(NAME, city="CN")}\n"In China?"', read, f'{weather(NAME, city="Oslo")}\n"Oslo?"',
-        sample=sample, line=assessed(**{NAME: 0.0}))
+        sample=sample, line=assessed(sample=sample, **{NAME: 0.0}))
     assert found == reasons and pairs[0].read_back == (not reasons)
     asked = script.prompts[1]
     assert asked.messages == call_prompt(with_request(sample, "In China?"))
-    assert asked.form.parts == (weather(NAME).removesuffix(" {}}"),)        # the name is given
+    assert around(asked.form) == [weather(NAME).removesuffix(" {}}")]       # the name is given
 
 
 @pytest.mark.parametrize("value, request_, stands", [
@@ -161,7 +179,33 @@ def test_joint_reads_request_and_calls_from_one_text_and_drops_what_follows():
     assert script.prompts[0].messages[-1]["content"] == ASK_JOINT
 
 
-# -------------------------------------------------------------------------------------- the tries
+# -------------------------------------------------------------------------------------- who writes
+
+def test_the_model_goes_on_behind_what_is_begun_and_gives_the_form_filled_in(model, tokenizer):
+    """Texts of one batch, as of each alone behind its whole prompt; without a beginning, too."""
+    messages = [{"role": "system", "content": "Hi."}, {"role": "user", "content": "Write."}]
+    form = Form('{"a": "', (Blank('"abcde', '"}'),))
+    prompts = [Prompt(messages, "1. ", form), Prompt(messages, "1. "), Prompt(messages, "", form),
+               Prompt(messages)]
+    keys = [("text", i) for i in range(4)]
+    writer = LocalWriter(model, tokenizer, PrefixCaches(model))
+    texts = writer(prompts, 8, 0.7, 0.95, keys)
+    for prompt, key, text in zip(prompts, keys, texts, strict=True):
+        system, rest = tokenizer.chat(messages)
+        whole = system + rest + tokenizer.encode(prompt.start + prompt.form.start)
+        row, = generate(model, tokenizer, [whole], 8, (), 0.7, 0.95, [key], [prompt.form])
+        assert text == prompt.form.start + row.text and row.ids
+
+
+# --------------------------------------------------------------------------------------- the tries
+
+def test_what_was_wrong_with_the_writing_stands_before_what_is_wrong_with_the_text():
+    """Nothing is, where the text is of use all the same."""
+    texts = [Written("sunny"), Written(f'{PARIS}\n"Paris?"')]
+    for text in texts:
+        text.problem = "cut at 320 tokens"
+    pairs, reasons, _ = write(*texts)
+    assert reasons == ["cut at 320 tokens: no call could be read"] and len(pairs) == 1
 
 def test_three_tries_are_made_and_what_each_draws_depends_on_seed_sample_and_number_alone():
     def keys(seed: int, id: str) -> list:
@@ -187,8 +231,10 @@ def test_hostile_text_stays_text_in_what_is_asked_and_in_what_is_written(tokeniz
     """Special tokens come from the template alone; each try ends as a pair or with a reason."""
     sample = Sample("s", ({"role": "user", "content": f"{hostile} x"},), TOOLS)
     pairs, reasons, script = write(*[hostile] * TRIES, sample=sample, pair=pair,
-                                   line=assessed(hostile))
+                                   line=assessed(hostile, sample))
     assert pairs == [] and len(reasons) == TRIES and all(reasons)
     for prompt in script.prompts:
-        ids = tokenizer.chat(prompt.messages) + tokenizer.encode(prompt.start)
+        begun = {"role": "assistant", "content": prompt.start}
+        system, rest = tokenizer.chat([*prompt.messages, begun])
+        ids = system + rest
         assert (ids.count(tokenizer.im_start), ids.count(tokenizer.im_end)) == (3, 2)

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 import data
-import evaluate
-from data import Sample, call_text
-from data.calls import (MAX_CHARS, MAX_DEPTH, Call, Parsed, calls_key, check_call, parse_calls,
-                        required_arguments, value_key)
+from data import Sample
+from data.calls import (CALL_START, MAX_CHARS, MAX_DEPTH, Call, Parsed, call_keys, call_start,
+                        call_text, check_call, parse_calls, required_arguments, value_key)
 from evaluate import exact_match
 
 TOOLS = (
@@ -113,6 +112,19 @@ def test_reading_takes_linear_time_whatever_is_repeated(piece):
             assert time.process_time() - started < 1.0
 
 
+@pytest.mark.parametrize("text, start", [
+    ('<tool_call>\n{"name": "get"}', CALL_START), ('{"name": "get"}', '{"name": "'),
+    ('Sure:\n[{"tool" :"get", "name": "x"}]', 'Sure:\n[{"tool" :"'),
+    ('[{"arguments": {"name": "Bob"}, "name": "get"}]', CALL_START),
+    ('get(user={"name": "Bob"})', CALL_START), ("I cannot.", CALL_START), ("", CALL_START)])
+def test_an_answer_starts_up_to_where_it_names_its_tool_and_calls_are_written_like_it(text, start):
+    """With tags, without, and with them where an answer names none."""
+    assert call_start(text) == start
+    each = BLOCK if start == CALL_START else ONE
+    assert call_text(ONE_CALL, like=text) == each
+    assert call_text(ONE_CALL * 2, like=text) == f"{each}\n{each}"
+
+
 # --- Checking -------------------------------------------------------------------------------------
 
 def test_required_is_what_is_marked_in_either_way_or_without_marks_what_has_no_default():
@@ -201,7 +213,7 @@ SCORES = [      # calls, or a text; the right calls; what the verdict says
     # Strict is exact without any coercion, in the form asked for alone.
     ("weather(days=5, city='')", "weather(city='', days=5)", ALL | {"strict": True}),
     ("weather(days='5', city='')", "weather(city='', days=5)", ALL | {"strict": False}),
-    (f"Here: {PARIS}", P, ALL | {"parsed": True, "strict": False, "recovery": "other form"}),
+    (f"Here: {PARIS}", P, ALL | {"parsed": True, "strict": False}),
     # Empty means absent, and absent means the default: either way round ...
     *((P[:-1] + more, P, ALL) for more in (", days='')", ", metric='true')", ", metric='')")),
     *((P, P[:-1] + more, ALL) for more in (", days=None)", ", metric=True)", ", metric=None)")),
@@ -229,12 +241,16 @@ SCORES = [      # calls, or a text; the right calls; what the verdict says
 def test_what_an_answer_is_worth(said, right, expected):
     text = said if said in TEXTS else call_text(short(said))
     verdict = exact_match(text, sample(*short(right)))
-    assert {field: getattr(verdict, field) for field in expected} == expected
+    found = vars(verdict) | verdict.measures
+    assert {name: found[name] for name in expected} == expected
 
 
-def test_reachable_means_that_every_gold_tool_is_offered():
-    assert evaluate.reachable(sample(Call("weather"), Call("now")))
-    assert not evaluate.reachable(sample(Call("weather"), Call("gone")))
+@pytest.mark.parametrize("text", TEXTS)
+def test_reachable_means_that_every_gold_tool_is_offered(text):
+    """Whatever the answer is."""
+    for name, reachable in (("now", 1.0), ("gone", 0.0)):
+        verdict = exact_match(text, sample(Call("weather"), Call(name)))
+        assert verdict.measures["reachable"] == reachable
 
 
 # --- For any input --------------------------------------------------------------------------------
@@ -267,8 +283,9 @@ def test_an_answer_in_the_form_asked_for_is_read_as_it_was_written(calls):
 @given(CALLS, st.randoms(use_true_random=False))
 def test_order_never_counts_and_number_always_does(calls, random):
     shuffled = random.sample(calls, len(calls))
-    assert calls_key(shuffled, TOOLS) == calls_key(calls, TOOLS)
-    assert not calls or calls_key([*calls, calls[0]], TOOLS) != calls_key(calls, TOOLS)
+    keys = call_keys(calls, TOOLS)
+    assert call_keys(shuffled, TOOLS) == keys and keys.total() == len(calls)
+    assert not calls or call_keys([*calls, calls[0]], TOOLS) != keys
 
 
 @many
@@ -277,12 +294,14 @@ def test_any_text_even_a_damaged_answer_is_read_and_its_scores_agree(said, gold,
     whole = call_text(said)
     for answer in (whole, text, whole[:start] + text + whole[start + cut:]):
         parsed, v = parse_calls(answer), exact_match(answer, sample(*gold))
+        name_f1, argument_f1 = v.measures["name_f1"], v.measures["argument_f1"]
         says_none = "".join(answer.split()) in ("", "[]")
         assert (parsed.recovery == "unparsable") == (not parsed.calls and not says_none)
-        assert 0 <= v.name_f1 <= 1 and 0 <= v.argument_f1 <= 1 and (v.exact or not v.strict)
-        same = calls_key(parsed.calls, TOOLS) == calls_key(gold, TOOLS)
+        assert 0 <= name_f1 <= 1 and 0 <= argument_f1 <= 1
+        assert v.exact or not v.measures["strict"]
+        same = call_keys(parsed.calls, TOOLS) == call_keys(gold, TOOLS)
         assert v.exact == (v.reason == "") == same
-        assert not v.exact or (v.name_correct and v.name_f1 == v.argument_f1 == 1.0)
+        assert not v.exact or v.measures["name_correct"] == name_f1 == argument_f1 == 1.0
 
 
 @pytest.mark.skipif("TTSI_DATA" not in os.environ, reason="needs the benchmarks in $TTSI_DATA")
@@ -290,6 +309,6 @@ def test_any_text_even_a_damaged_answer_is_read_and_its_scores_agree(said, gold,
 def test_the_gold_calls_of_the_benchmarks_are_exact_and_strict_and_of_the_declared_types(bench):
     for real in data.load(bench, os.environ["TTSI_DATA"]):
         v = exact_match(call_text(real.answers), real)
-        assert v.exact and v.strict, real.id
+        assert v.exact and v.measures["strict"], real.id
         assert not exact_match(call_text(real.answers * 2), real).exact, real.id
         assert not any("wrong type" in check_call(call, real.tools) for call in real.answers)

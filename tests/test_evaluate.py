@@ -12,41 +12,47 @@ import pytest
 
 from data import Sample
 from data.calls import Call
-from evaluate import (Record, Run, exact_match, main, printable, read_run, story, summarise, table,
-                      write_run)
+from data.runs import Record, Run, read_run, write_run
+from evaluate import exact_match, join, main, nearest, printable, story, summarise, table
 
 TOOL = {"name": "f", "description": "", "parameters": {"x": {"type": "integer"}}}
 SAMPLE = Sample("s", (), (TOOL,), (Call("f", {"x": 1}),))
 F, G = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {}}'
 TWO = F.replace("1", "2")
 RIGHT, WRONG = exact_match(F, SAMPLE), exact_match(G, SAMPLE)
+BEYOND = exact_match(F, replace(SAMPLE, tools=()))      # nobody offered its tool
 CONFIG = {"bench": "sealtool", "data": "", "tau": 0.95}
 
 
-def record(id: str, base: bool, answer: bool, outcome: str = "adapted", **changes) -> Record:
-    """A sample with two candidates; base and answer: whether it was right before and after."""
+def record(id: str, before: bool, after: bool, outcome: str = "adapted", **changes) -> Record:
+    """A sample with two candidates, and whether it was right before and after."""
     made = Record(
         id, request="What?", margin=0.5, uncertain=outcome != "certain", outcome=outcome,
-        candidates={"g": -2.5, "f": -0.5}, base=RIGHT if base else WRONG,
-        answer=RIGHT if answer else WRONG,
+        candidates={"g": -2.5, "f": -0.5}, base=RIGHT if before else WRONG,
+        answer=RIGHT if after else WRONG,
         pairs=[{"request": "Why?", "text": TWO, "read_back": False}], losses=[0.5, 0.25],
         rejected=[{"text": "bad", "reason": "unknown argument: y"}], norms=[9.0, 2.0],
-        seconds={"score": 1.0, "base": 0.5}, tokens={"score": 7}, gold=F, reachable=True,
-        log_p=[-0.5, -0.25], entropy=[0.5, 0.25], ids=[5], prompt_tokens=9)
+        seconds={"H": 1.0, "T": 0.5}, gold=F, log_p=[-0.5, -0.25], entropy=[0.5, 0.25], ids=[5],
+        prompt_tokens=9)
     return replace(made, **changes)
 
 
 RECORDS = [record("a", False, True), record("b", True, False), record("c", True, True, "certain"),
            record("d", False, False, "no pair"), record("e", False, True)]
-FAILED = [record("a", True, True, "non-finite", reachable=False),
-          record("b", True, True, "out of memory")]
+FAILED = [record("a", True, True, "non-finite", base=BEYOND, answer=BEYOND),
+          record("b", True, True, "out of memory"),
+          record("c", False, False, "too long", answer=replace(WRONG, reason="cut at 9 tokens: x"))]
 LINE = json.dumps(asdict(RECORDS[0]))
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    write_run(tmp_path / "run", CONFIG, RECORDS)
+    assert write_run(Run(tmp_path / "run", CONFIG, RECORDS), summarise(RECORDS))
     return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # --- Scoring --------------------------------------------------------------------------------------
@@ -59,6 +65,12 @@ def folder(tmp_path) -> Path:
 def test_an_answer_is_right_or_there_is_a_reason(text, reason):
     verdict = exact_match(text, SAMPLE)
     assert (verdict.text, verdict.exact, verdict.reason) == (text, not reason, reason)
+
+
+def test_two_answers_are_compared_by_the_calls_that_have_most_in_common():
+    one, two, wanted = frozenset("ax"), frozenset("abx"), frozenset("abc")
+    assert nearest([one, two], wanted) == nearest([two, one], wanted) == two
+    assert nearest([one, frozenset("ay")], wanted) == one               # the first of equal ones
 
 
 # --- Records --------------------------------------------------------------------------------------
@@ -83,27 +95,49 @@ def test_a_damaged_or_missing_file_is_named_with_its_line(folder, name, content,
 
 
 def test_a_write_that_fails_leaves_the_old_files_whole_and_nothing_else(folder, monkeypatch):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
     with pytest.raises(ValueError):                     # JSON has no number for it
-        write_run(folder, {}, [record("a", True, True, losses=[math.nan])])
+        write_run(Run(folder, {}, [record("a", True, True, losses=[math.nan])] * 5), {})
 
     def interrupted(source, target): raise KeyboardInterrupt
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_run(folder, {"bench": "other"}, RECORDS[:1])
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        write_run(Run(folder, {"bench": "other"}, RECORDS[::-1]), {})
+    assert contents(folder) == before
+
+
+def test_a_folder_of_more_records_is_left_as_it_is_and_its_own_are_told(folder, capsys):
+    before = contents(folder)
+    assert not write_run(Run(folder, {}, RECORDS[:4]), {}) and contents(folder) == before
+    join(Run(folder, CONFIG, RECORDS[2:4]))
+    said = capsys.readouterr().out
+    assert contents(folder) == before and "more samples are in it already" in said
+    assert table([Run(folder, CONFIG, RECORDS)]) in said
+    assert said.endswith(f"evaluate.py {folder} --sample a    tells its story.\n")     # a change
+
+
+def test_a_run_is_joined_whether_or_not_anything_changed(tmp_path, capsys):
+    for records, next_ in ((RECORDS[2:], "e"), (RECORDS[2:4], "c"), ([], None)):
+        run = Run(tmp_path / str(next_), CONFIG, records)
+        join(run)
+        said = capsys.readouterr().out
+        assert read_run(run.folder) == run and table([run]) in said
+        assert (f"--sample {next_} " in said) == bool(records) == ("Next: " in said)
 
 
 # --- The table ------------------------------------------------------------------------------------
 
 def test_a_summary_by_hand():
     s = summarise(RECORDS + FAILED)
-    assert (s["n"], s["uncertain"], s["adapted"], s["no_pair"]) == (7, 6, 3, 1)
-    assert (s["non_finite"], s["out_of_memory"], s["reachable"]) == (1, 1, 6 / 7)
+    assert (s["n"], s["uncertain"], s["adapted"], s["no_pair"]) == (8, 7, 3, 1)
+    assert (s["non_finite"], s["out_of_memory"], s["too_long"], s["cut"]) == (1, 1, 1, 1)
+    assert s["base_reachable"] == s["answer_reachable"] == 7 / 8
+    assert s["reasons"] == {"wrong name": 2, "cut at 9 tokens": 1}
     s = summarise(RECORDS)
+    assert (s["base_accuracy"], s["answer_accuracy"], s["fixed"], s["harmed"]) == (0.4, 0.6, 2, 1)
     assert (s["base_name_correct"], s["answer_name_f1"], s["base_argument_f1"]) == (0.4, 0.6, 0.4)
     assert s["reasons"] == {"wrong name": 2} and s["rejected"] == {"unknown argument": 5}
-    assert s["seconds"] == {"score": 5.0, "base": 2.5}
+    assert s["seconds"] == {"H": 5.0, "T": 2.5}
 
 
 @pytest.mark.parametrize("markdown", [False, True])
@@ -118,6 +152,12 @@ def test_the_table_of_two_runs(markdown):
     assert rest == [""] * markdown + [note]         # in Markdown a paragraph of its own
 
 
+def test_a_run_that_goes_on_says_of_how_many_and_what_is_not_measured_is_a_dash():
+    bare = [replace(record("a", True, True), answer=replace(RIGHT, measures={}))]
+    *_, row = table([Run(Path("x"), {"samples": 3}, bare)]).splitlines()
+    assert row.split() == "x 1 of 3 1 1 0 100.0 100.0 +0.0 0 0 - 1.50".split()
+
+
 @pytest.mark.parametrize("config, records, notes", [
     ({"bench": "nexusraven", "data": "folder"}, RECORDS,
      ["the paper's gain (Qwen2.5-1.5B-Instruct, 5 seeds) is +6.05"]),
@@ -125,9 +165,11 @@ def test_the_table_of_two_runs(markdown):
      ["bundled samples, made for this project; they are not the benchmark"]),
     ({"bench": "nexusraven", "data": "mine.json"}, RECORDS, []), ({"bench": []}, RECORDS, []),
     ({"uses_labels": True}, RECORDS, ["uses labels"]), ({}, [], ["no finished sample yet"]),
-    ({}, FAILED, ["adaptations dropped as non-finite, the direct answer stands: 1",
-                  "adaptations out of memory, the direct answer stands: 1",
-                  "at most 50.0% can be right: elsewhere a gold tool is not offered"])])
+    ({}, FAILED, ["non-finite, the direct answer stands: 1",
+                  "out of memory, the direct answer stands: 1",
+                  "too long for the model's context: 1",
+                  "wrong answers that were cut at --max-new-tokens: 1",
+                  "at most 66.7% can be right: elsewhere a gold tool is not offered"])])
 def test_what_a_reader_must_know_stands_below(config, records, notes):
     lines = table([Run(Path("x"), config, records)]).splitlines()
     assert [line for line in lines if line.startswith("x: ")] == [f"x: {note}" for note in notes]
@@ -151,6 +193,12 @@ def test_a_story_has_all_that_happened_in_the_papers_order():
         f"    before  wrong  {G}   (wrong name: g for f)",
         f"     after  right  {F}",
         f"      gold  {F}"]
+
+
+def test_where_the_memory_did_not_hold_even_the_reading_the_story_says_so():
+    bare = record("a", False, False, "out of memory", margin=None, candidates={}, pairs=[],
+                  rejected=[], losses=[])
+    assert story(bare, 0.95).startswith("    sample  a: out of memory\n   request  What?\n")
 
 
 def test_control_characters_never_reach_the_terminal():

@@ -2,21 +2,31 @@
 several processes find what one finds, and what a user can mend is one sentence."""
 import json
 import multiprocessing
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from shutil import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import write_checkpoint
 
+import augment
+import evaluate
 import train
 from augment import Found
 from data import Sample
-from evaluate import read_run
-from train import TINY, Agent, Config, Kept, Stage, choose, main, self_improve
+from data.runs import Kept, code_digest, definitions, forget, key_in, read_run, stage
+from train import TINY, Agent, Config, fill_in, main, self_improve
+
+ROOT = Path(__file__).parent.parent
 
 FORKS = multiprocessing.get_context("forkserver")       # its children have imported torch already
 FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "train"])
@@ -47,14 +57,14 @@ def start(folder: Path, argv: list[str], before: str = ""):
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Agent, list[Sample]]:
-    return train.set_up(choose(Config(**OPTIONS)))
+    return train.set_up(fill_in(Config(**OPTIONS)))
 
 
 def run(loaded, folder: Path, improve=self_improve, **changes) -> int:
     """The program in this process, from a model that is loaded already."""
     agent, samples = loaded
-    config = choose(Config(**{**OPTIONS, "out": str(folder / "run"), **changes}))
-    return train.run(agent, samples[:config.limit], config, Kept(config, agent.facts), improve)
+    config = fill_in(Config(**{**OPTIONS, "out": str(folder / "run"), **changes}))
+    return train.run(agent, samples[:config.limit or None], config, improve)
 
 
 def found(folder: Path) -> list[dict]:
@@ -85,25 +95,47 @@ def unbroken(tmp_path_factory) -> tuple[list[dict], float]:
 
 # --------------------------------------------------------------------------------- a stage's lines
 
-LETTERS, SAMPLES = Stage("X", Found, ("seed",), ()), [Sample(id, (), ()) for id in "abcd"]
+SAMPLES, COMPUTED = [Sample(id, (), ()) for id in "abcd"], []
 
 
-def letters(folder: Path, **changes) -> str:
+@stage("X", Found, "seed")
+def write_letters(agent, samples, config) -> list[Found]:
+    COMPUTED.extend(x.id for x in samples)
+    return [Found(x.id, texts=[f"{x.id} ü\n"]) for x in samples]
+
+
+def letters(folder: Path, samples=SAMPLES, **changes) -> str:
     """The letters whose lines were not there and are computed now, one at a time."""
-    lines, computed = Kept(Config(out=str(folder / "run"), model="a [1] * ü?", **changes), {}), []
-
-    def compute(samples):
-        computed.extend(x.id for x in samples)
-        return [Found(x.id, texts=[f"{x.id} ü\n"]) for x in samples]
-    for x in SAMPLES:
-        assert lines(LETTERS, [x], compute)[x.id].texts == [f"{x.id} ü\n"]
-    return "".join(computed)
+    COMPUTED.clear()
+    config = Config(out=str(folder / "run"), model="a [1] * ü?", **changes)
+    if config.fresh:
+        forget(config, {})
+    kept = Kept(SimpleNamespace(facts={}), config)
+    for x in samples:
+        assert kept(write_letters, [x])[x.id].texts == [f"{x.id} ü\n"]
+    return "".join(COMPUTED)
 
 
 def test_a_line_is_computed_once_for_what_it_depends_on(tmp_path):
     assert letters(tmp_path) == "abcd" and letters(tmp_path) == letters(tmp_path, tau=0.5) == ""
     assert letters(tmp_path, seed=1) == letters(tmp_path, fresh=True) == "abcd"
     assert letters(tmp_path) == letters(tmp_path, seed=1) == ""
+
+
+def test_fresh_forgets_this_configuration_alone(tmp_path):
+    for changes in ({}, {"seed": 1}, {"bench": "apibank"}):
+        assert letters(tmp_path, **changes) == "abcd"
+    torn = tmp_path / "stages" / "X-nexusraven-a [1] x ü?-0123456789ab.01234567.jsonl"
+    torn.write_text('{"key": {"sta')
+    assert letters(tmp_path, fresh=True) == "abcd" and torn.exists()
+    assert letters(tmp_path, seed=1) == letters(tmp_path, bench="apibank") == ""
+
+
+def test_another_request_under_an_id_that_is_kept_has_a_line_of_its_own(tmp_path):
+    """And one more sample recomputes nothing of the others."""
+    asked = [replace(SAMPLES[0], messages=({"role": "user", "content": text},)) for text in "xyx"]
+    assert letters(tmp_path, asked) == "aa" and letters(tmp_path, asked[::-1]) == ""
+    assert letters(tmp_path) == "abcd"
 
 
 def test_a_file_that_was_cut_at_any_byte_costs_the_lines_that_are_not_whole(tmp_path, capsys):
@@ -125,52 +157,251 @@ def test_a_file_that_was_cut_at_any_byte_costs_the_lines_that_are_not_whole(tmp_
 
 
 DEPENDS = {     # an option or fact -> the stages whose lines depend on it; put a new one here, too
-    **dict.fromkeys("samples weights tokenizer max_new_tokens".split(), "HGT"),
-    **dict.fromkeys("writer k pair temperature top_p seed".split(), "GT"),
+    **dict.fromkeys("weights shape tokenizer numerics asks max_new_tokens".split(), "HGT"),
+    **dict.fromkeys("writer tries k pair temperature top_p".split(), "GT"), "seed": "GT",
     **dict.fromkeys("adapt rank alpha epochs lr".split(), "T"),
-    # what says where things are, and how to run them; data, model and teacher have their digests
+    # what says where things are, and how to run them; a sample, a model and a teacher have digests
     **dict.fromkeys("""bench data model method teacher teacher_model limit tau batch checkpointing
-        out device dtype pack offline fresh torch python""".split(), "")}
+        out device dtype pack offline fresh samples torch python""".split(), "")}
+
+
+def keys(known: dict, **codes) -> dict[str, str]:
+    """The key of each stage, as it is made for lines that one stage sees of the one before."""
+    seen, found = [], {}
+    for function in (train.assess, augment.synthesize, train.adapt):
+        now = function.stage
+        key = {"code": codes.get(now.name, now.code), **{name: known[name] for name in now.reads},
+               "seen": seen}
+        seen, found[now.name] = [key], json.dumps(key)
+    return found
 
 
 def test_lines_are_kept_apart_exactly_where_something_that_they_depend_on_differs(loaded):
     assert set(DEPENDS) == {f.name for f in fields(Config)} | set(loaded[0].facts)
-    known, stages = dict.fromkeys(DEPENDS, "as it was"), (train.H, train.G, train.T)
+    known = dict.fromkeys(DEPENDS, "as it was")
+    before = keys(known)
     for name, expected in DEPENDS.items():
-        other = {**known, name: "another"}
-        assert "".join(s.name for s in stages if s.key(known) != s.key(other)) == expected, name
-    edited = replace(train.H, code=(train.assess,))             # other code is another file
-    assert edited.key(known) != train.H.key(known)
-    assert replace(train.G, after=edited).key(known) != train.G.key(known)
+        after = keys({**known, name: "another"})
+        assert "".join(s for s in "HGT" if before[s] != after[s]) == expected, name
+    edited = keys(known, H="other code")
+    assert all(edited[s] != before[s] for s in "HGT")
+
+
+def test_a_keys_parts_stand_in_the_first_line_of_each_file(tmp_path, loaded):
+    assert run(loaded, tmp_path, limit=1) == 0
+    made = {path.name[0]: key_in(path) for path in tmp_path.glob("stages/*.jsonl")}
+    assert set(made) == set("HGT") and made["T"]["seen"] == [made["G"]]
+    assert made["G"]["seen"] == [made["H"]] and made["H"]["seen"] == []
+    assert made["H"]["shape"]["rope_theta"] == loaded[0].model.config.rope_theta
+
+
+# ------------------------------------------------------------------------- the key tells what runs
+
+STAGES = (train.assess, augment.synthesize, train.adapt)
+EDITS = [   # file, old, new -> what is computed anew: H, G, T, (a)sks, t(r)ies
+    ("train.py", '"""TT-SI,', '# a comment at the top\n"""TT-SI,', ""),
+    ("train.py", "x is read once, for all", "another comment", ""),
+    ("lora.py", "B = 0, so y = W x at the start", "another docstring", ""),
+    ("train.py", "0.5 * (1 + math.cos(math.pi", "0.6 * (1 + math.cos(math.pi", "T"),
+    ("augment.py", "TRIES = 3 ", "TRIES = 4 ", "G"),
+    ("augment.py", "MAX_CALL_TOKENS = 192", "MAX_CALL_TOKENS = 193", "r"),
+    ("data/__init__.py", "Answer with nothing but", "Answer with only", "a"),
+    ("data/calls.py", "MAX_DEPTH = 32 ", "MAX_DEPTH = 31 ", "r"),
+    ("lora.py", "A = torch.stack(rows) * 2", "A = torch.stack(rows) * 3", "T"),
+    ("uncertainty.py", "topk(2)", "topk(3)", "H"),
+    ("model.py", "rsqrt(y.pow(2)", "rsqrt(y.pow(4)", "HT"),
+    ("data/chat.py", "add_special_tokens=False", "add_special_tokens=True", "H"),
+    ("evaluate.py", "not reason and as_asked", "reason and as_asked", ""),
+    ("train.py", 'RUN, "the benchmark"', 'RUN, "a benchmark"', "")]
+
+
+def digests() -> dict[str, str]:
+    """Of the three stages, and of how a sample is asked and a pair is tried, as if loaded now."""
+    definitions.cache_clear()
+    task = train.CALLING
+    found = {f.stage.name: code_digest(f) for f in STAGES}
+    return found | {"a": code_digest(task.prompt, task.actions, task.answer_start),
+                    "r": code_digest(*task.tries.values())}
+
+
+@pytest.fixture(scope="module")
+def before() -> dict[str, str]:
+    return digests()
+
+
+@pytest.mark.parametrize("file, old, new, anew", EDITS, ids=[e[2][:30] for e in EDITS])
+def test_other_code_is_another_key_but_not_another_comment(
+        file, old, new, anew, before, monkeypatch):
+    """Of what a stage runs, wherever that stands: the network's code is in H's digest."""
+    plain = Path.read_text
+
+    def edited(path, **how):
+        text = plain(path, **how)
+        if path == ROOT / file:
+            assert old in text
+            text = text.replace(old, new)
+        return text
+    monkeypatch.setattr(Path, "read_text", edited)
+    after = digests()
+    definitions.cache_clear()
+    changed = {name for name in before if before[name] != after[name]}
+    assert set(anew) <= changed and (anew or not changed)
+    assert before == {**before, **{f.stage.name: f.stage.code for f in STAGES}}
+
+
+def test_an_edit_during_a_run_changes_nothing_of_that_run(tmp_path, loaded):
+    """Digests are of what was loaded: they are made when the program is."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        copy(path, tmp_path / path.relative_to(ROOT))
+    code = """if True:
+        import train, pathlib
+        for path in pathlib.Path(".").rglob("*.py"):
+            path.write_text("edited = True")
+        print(train.assess.stage.code, train.adapt.stage.code, train.CALLING.code["tries"],
+              train.code_digest(train.assess))"""
+    out = subprocess.run([sys.executable, "-c", code.replace("train.code", "train.data.code")],
+                         cwd=tmp_path, capture_output=True, text=True)
+    expected = [train.assess.stage.code, train.adapt.stage.code, train.CALLING.code["tries"],
+                train.assess.stage.code]
+    assert out.stdout.split() == expected, out.stderr
+
+
+# ------------------------------------------------------------------------ the key tells which model
+
+@pytest.mark.parametrize("change, fact", [
+    ({"rope_theta": 5e5}, "shape"), ({"num_attention_heads": 2, "num_key_value_heads": 1}, "shape"),
+    ({"rms_norm_eps": 1e-5}, "shape"), ({"max_position_embeddings": 400}, "shape")])
+def test_the_same_weights_under_another_config_are_another_model(tmp_path, change, fact):
+    """Also as a teacher."""
+    one, other = (write_checkpoint(tmp_path / name) for name in ("one", "other"))
+    config = json.loads((other / "config.json").read_text())
+    if "num_attention_heads" in change:         # the same widths: 2 heads of 16 as 4 of 8
+        config["num_key_value_heads"] = 2
+        change = {"num_attention_heads": 4, "rope_theta": 1e4}
+    (other / "config.json").write_text(json.dumps(config | change))
+    facts = []
+    for folder in (one, other):
+        loaded, found = train.load_local(str(folder), fill_in(Config(model="tiny", device="cpu")))
+        facts.append(found)
+    assert [name for name in facts[0] if facts[0][name] != facts[1][name]] == [fact]
+
+
+def test_other_end_tokens_are_another_tokenizer(tmp_path):
+    one, other = (write_checkpoint(tmp_path / name) for name in ("one", "other"))
+    (other / "generation_config.json").write_text('{"eos_token_id": 7}')
+    config = fill_in(Config(model="tiny", device="cpu"))
+    facts = [train.load_local(str(folder), config)[1] for folder in (one, other)]
+    assert [name for name in facts[0] if facts[0][name] != facts[1][name]] == ["tokenizer"]
+
+
+def test_a_servers_url_is_another_writer(monkeypatch):
+    options = {**OPTIONS, "method": "ttd", "teacher_model": "big"}
+    writers = [train.set_up(fill_in(Config(**options, teacher=url)))[0].facts["writer"]
+               for url in ("https://one/v1", "https://two/v1")]
+    assert writers == ["big at https://one/v1", "big at https://two/v1"]
+
+
+def test_in_bfloat16_the_device_the_batch_and_torch_are_in_the_key_and_in_float32_they_are_not():
+    numerics = {}
+    for dtype in ("float32", "bfloat16"):
+        for batch in (1, 4):
+            config = fill_in(Config(**{**OPTIONS, "dtype": dtype, "batch": batch}))
+            facts = train.set_up(config)[0].facts
+            numerics[dtype, batch] = facts["numerics"]
+            assert (facts["batch"], facts["torch"]) == (batch, torch.__version__)
+    assert numerics["float32", 1] == numerics["float32", 4] == "float32"
+    assert torch.__version__ in numerics["bfloat16", 1] != numerics["bfloat16", 4]
+    assert torch.backends.cpu.get_cpu_capability() in numerics["bfloat16", 1]
+
+
+# ---------------------------------------------------------------------- a folder, a configuration
+
+def test_the_runs_name_holds_what_is_not_the_default():
+    def name(**changes): return fill_in(Config(model="tiny", device="cpu", **changes)).out
+    assert name(fresh=True, batch=4, offline=True) == name() == "runs/nexusraven-tiny-ttsi-s0"
+    assert name(tau=0.5, adapt="suffix", seed=3) == (
+        "runs/nexusraven-tiny-ttsi-tau=0.5-adapt=suffix-s3")
+
+
+@pytest.mark.parametrize("one, other", [
+    ({"data": "a/test.json"}, {"data": "b/test.json"}),
+    ({"model": "a/checkpoint-500"}, {"model": "b/checkpoint-500"}),
+    ({"method": "ttd", "teacher": "https://a/v1", "teacher_model": "big"},
+     {"method": "ttd", "teacher": "https://b/v1", "teacher_model": "big"}),
+    ({"model": "a/checkpoint-500", "dtype": "bfloat16"},
+     {"model": "a/checkpoint-500", "dtype": "bfloat16", "batch": 4}),
+    ({"data": "x" * 70 + "1/" + "y" * 250}, {"data": "x" * 70 + "2/" + "y" * 250})])
+def test_two_configurations_never_meet_in_a_folder(tmp_path, monkeypatch, one, other):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        write_checkpoint(tmp_path / folder / "checkpoint-500")
+        (tmp_path / folder / "test.json").write_text(ITEM % ("hi", "f", ""))
+    folders = []
+    for changes in (one, other):
+        config = fill_in(Config(**{**OPTIONS, **changes}))
+        numerics = f"{config.dtype} {config.batch}" if config.dtype == "bfloat16" else ""
+        folders.append(train.claim_folder(config, {"numerics": numerics}))
+        assert len(Path(folders[-1]).name) < 200 and "*" not in folders[-1]
+    assert folders[0] != folders[1]
+
+
+def test_a_model_here_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_checkpoint(tmp_path / "mine"))
+    assert fill_in(Config(model=".", device="cpu")).out == "runs/nexusraven-mine-ttsi-s0-*"
+
+
+def test_a_folder_of_another_configuration_is_refused_and_what_differs_is_named(
+        tmp_path, loaded, capsys):
+    assert run(loaded, tmp_path, limit=1) == 0
+    before = (tmp_path / "run" / "records.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="tau 1.0, now 0.5"):
+        run(loaded, tmp_path, limit=1, tau=0.5)
+    agent, samples = loaded
+    other = replace(agent, facts={**agent.facts, "weights": "of another model"})
+    with pytest.raises(ValueError, match="weights .* now 'of another model'"):
+        run((other, samples), tmp_path, limit=1)
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
+    assert run(loaded, tmp_path, limit=1, batch=2, checkpointing=True) == 0     # no difference
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        run(loaded, tmp_path, limit=1)
 
 
 # ----------------------------------------------------------------------------- the same once more
 
 def test_a_second_run_computes_nothing_and_other_options_share_what_they_can(
         tmp_path, loaded, unbroken):
-    def computed(**changes) -> str:
+    def computed(out: str, **changes) -> str:
         before = kept(tmp_path)
-        assert run(loaded, tmp_path, limit=2, **changes) == 0
+        assert run(loaded, tmp_path, limit=2, out=str(tmp_path / out), **changes) == 0
         return "".join(sorted({stage for stage, _ in kept(tmp_path) - before}))
 
-    assert computed() == "GHT" and found(tmp_path) == unbroken[0][:2]
+    assert computed("run") == "GHT" and found(tmp_path) == unbroken[0][:2]
     records = (tmp_path / "run" / "records.jsonl").read_bytes()
     def never(*_): raise AssertionError("the model was called")
     with loaded[0].model.register_forward_pre_hook(never):
-        assert computed(tau=0.5) == computed(tau=0.0) == computed(method="base") == computed() == ""
+        assert computed("a", tau=0.5) == computed("b", tau=0.0) == computed("run") == ""
+        assert computed("c", method="base") == ""
     assert (tmp_path / "run" / "records.jsonl").read_bytes() == records
-    assert computed(lr=1e-3) == "T" and computed(max_new_tokens=15) == "GHT"
+    assert computed("d", lr=1e-3) == "T" and computed("e", max_new_tokens=15) == "GHT"
 
 
-def test_the_runs_name_holds_what_is_not_the_default():
-    def name(**changes): return choose(Config(model="tiny", device="cpu", **changes)).out
-    assert name(fresh=True, batch=4, offline=True) == name() == "runs/nexusraven-tiny-ttsi-s0"
-    assert name(tau=0.5, adapt="suffix", seed=3) == (
-        "runs/nexusraven-tiny-ttsi-tau=0.5-adapt=suffix-s3")
+def test_a_run_says_what_it_found_what_it_computes_and_which_other_lines_are_there(
+        tmp_path, loaded, capsys):
+    assert run(loaded, tmp_path, limit=1) == 0
+    assert "kept: 0 of 1 samples; to compute: 1\n" in capsys.readouterr().out
+    assert run(loaded, tmp_path, limit=3, out=str(tmp_path / "three")) == 0
+    said = capsys.readouterr().out
+    assert "kept: 1 of 3 samples; to compute: 2\n" in said and "that differ" not in said
+    assert run(loaded, tmp_path, max_new_tokens=15, out=str(tmp_path / "other")) == 0
+    said = capsys.readouterr().out
+    assert "kept: 0 of 3" in said
+    assert "Lines of H are there that differ in: max_new_tokens.\n" in said
 
 
 def test_a_teacher_is_another_writer_whose_pairs_are_kept_apart(loaded, checkpoint):
-    config = choose(Config(**OPTIONS, method="ttd", teacher=str(checkpoint)))
+    config = fill_in(Config(**OPTIONS, method="ttd", teacher=str(checkpoint)))
     (taught, _), (alone, _) = train.set_up(config), loaded
     assert alone.writer.model is alone.model and taught.writer.model.config.hidden_size == 32
     assert taught.facts["weights"] == alone.facts["weights"]
@@ -221,17 +452,60 @@ def test_two_processes_find_what_one_finds_also_after_one_was_killed(tmp_path, u
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_tells_what_is_finished_and_goes_on(
         tmp_path, loaded, unbroken, capsys, number):
-    def interrupted(agent, batch, config, kept):
+    def interrupted(batch, config, kept):
         assert not batch[0].answers             # the method is not even shown the labels
-        if batch[0].id == "apibank-2":
+        if batch[0].id == "apibank-2" and kept.computing:
             signal.raise_signal(number)
-        return self_improve(agent, batch, config, kept)
+        return self_improve(batch, config, kept)
     assert run(loaded, tmp_path, interrupted) == 130 and found(tmp_path) == unbroken[0][:2]
-    assert "the same command goes on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Interrupted after 2 of 3 samples: the same command goes on." in said
+    assert " 2 of 3 " in said and "2 of 3 samples" in told(tmp_path)
     assert run(loaded, tmp_path) == 0 and found(tmp_path) == unbroken[0]
+    assert "of 3" not in told(tmp_path)
+    assert run(loaded, tmp_path, interrupted, fresh=True, out=str(tmp_path / "x")) in (0, 130)
 
 
-def test_what_the_memory_does_not_hold_keeps_its_answer_is_counted_and_is_tried_again(
+def told(folder: Path) -> str:
+    """What evaluate.py tells of a run's first sample."""
+    return evaluate.story_in(read_run(folder / "run"), "apibank-0")
+
+
+def test_what_a_start_with_fresh_would_do_is_said_when_it_is_interrupted(
+        tmp_path, loaded, capsys):
+    def interrupted(batch, config, kept):
+        if kept.computing:
+            raise KeyboardInterrupt
+        return self_improve(batch, config, kept)
+    assert run(loaded, tmp_path, interrupted, fresh=True) == 130
+    assert "would begin anew; without --fresh it goes on" in capsys.readouterr().out
+
+
+def test_an_interrupt_joins_all_that_is_kept_and_never_replaces_more(
+        tmp_path, loaded, unbroken, capsys):
+    """A folder of three finished samples stays, if another code's run is stopped after none."""
+    assert run(loaded, tmp_path) == 0
+    for path in tmp_path.glob("stages/*.jsonl"):
+        path.unlink()                                   # as after an edit of the code: nothing fits
+    def interrupted(batch, config, kept):
+        if kept.computing:
+            raise KeyboardInterrupt
+        return self_improve(batch, config, kept)
+    assert run(loaded, tmp_path, interrupted) == 130
+    assert "more samples are in it already" in capsys.readouterr().out
+    assert found(tmp_path) == unbroken[0]
+
+    def last_first(batch, config, kept):                # another process has finished the last
+        outcomes = self_improve(batch, config, kept)
+        if kept.computing and batch[0].id == "apibank-0":
+            self_improve([replace(x, answers=()) for x in loaded[1][2:3]], config, kept)
+            raise KeyboardInterrupt
+        return outcomes
+    assert run(loaded, tmp_path, last_first, out=str(tmp_path / "other" / "run")) == 130
+    assert found(tmp_path / "other") == unbroken[0][::2]
+
+
+def test_what_the_memory_does_not_hold_is_a_line_that_a_later_start_tries_again(
         tmp_path, loaded, unbroken, capsys):
     def full(module, args):
         if torch.is_grad_enabled():
@@ -242,6 +516,26 @@ def test_what_the_memory_does_not_hold_keeps_its_answer_is_counted_and_is_tried_
         assert record["outcome"] == "out of memory" and record["answer"] == record["base"]
     assert "out of memory, the direct answer stands: 3" in capsys.readouterr().out
     assert run(loaded, tmp_path) == 0 and found(tmp_path) == unbroken[0]
+
+
+def test_processes_end_although_each_has_a_sample_that_is_too_large(tmp_path):
+    """The join reads the lines that say so, whoever wrote them."""
+    full = """
+import torch
+from model import Qwen2
+plain = Qwen2.forward
+def forward(model, ids, cache=None):
+    if torch.is_grad_enabled():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return plain(model, ids, cache)
+Qwen2.forward = forward
+os.environ.update(RANK='{}', WORLD_SIZE='2')"""
+    processes = [start(tmp_path, argv(tmp_path), full.format(rank)) for rank in (0, 1)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert [record["outcome"] for record in found(tmp_path)] == ["out of memory"] * 3
+    assert not list((tmp_path / "run").glob("*.tmp"))
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -274,7 +568,7 @@ FILES = {"VOID": "[]", "LONG": ITEM % ("word " * 3000, "f", ""),
     ({"teacher": "tiny"}, "--method ttd"), ({"method": "ttd", "teacher": "https://x/v1"}, "URL"),
     ({"model": "./nowhere"}, "nowhere"), ({"device": "nonsense"}, "--device nonsense"),
     ({"data": "nowhere.json"}, "nowhere.json"), ({"data": "VOID"}, "VOID"),
-    ({"data": "ODD"}, "\\x1b[2Jf"), ({"data": "LONG"}, "exceed the model's context"),
+    ({"data": "ODD"}, "\\x1b[2Jf"),
     ({"out": "VOID/run"}, "VOID")])
 def test_a_users_mistake_is_one_sentence_and_code_2(tmp_path, capsys, monkeypatch, bad, said):
     monkeypatch.chdir(tmp_path)
@@ -292,3 +586,28 @@ def test_a_run_that_changed_the_base_weights_is_not_called_finished(tmp_path, lo
     with pytest.raises(ValueError, match="base weights have changed"):
         run((other, samples), tmp_path, method="base")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sample_that_is_too_long_is_counted_and_not_the_end_of_the_run(tmp_path, capsys):
+    path = tmp_path / "two.json"
+    items = json.loads(FILES["LONG"]) + json.loads(ITEM % ("hi", "f", ""))
+    path.write_text(json.dumps(items))
+    assert main(argv(tmp_path, data=path)) == 0
+    assert [record["outcome"] for record in found(tmp_path)][0] == "too long"
+    assert "too long for the model's context: 1" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_are_named_before_the_first_sample(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    path = write_checkpoint(tmp_path / "model") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, path)
+    assert main(argv(tmp_path, model=path.parent)) == 2
+    assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().err
+
+
+def test_under_torchrun_a_gpu_for_each_process(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert fill_in(Config(device="cuda")).device == "cuda:3"
+    assert fill_in(Config(device="cuda:1")).device == "cuda:1"

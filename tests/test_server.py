@@ -4,17 +4,22 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
 
+import augment
+import train
 from augment import Form, Prompt, ServerWriter
+from data import Sample
 
 KEY = "sk-secret-1234"
 
 
-def completion(text) -> bytes:
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+def completion(text, finish: str = "stop") -> bytes:
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"choices": [{"message": message, "finish_reason": finish}]}).encode()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,7 +62,7 @@ def server(monkeypatch):
 def ask(url: str, start: str = "", first: str = "", texts: int = 1, wait: float = 0.001,
         timeout: float = 5.0) -> str:
     """The first of so many texts for one prompt."""
-    prompt = Prompt([{"role": "user", "content": "hello"}], start, Form((first,), ()))
+    prompt = Prompt([{"role": "user", "content": "hello"}], start, Form(first))
     keys = [(0, "id", i) for i in range(texts)]
     return ServerWriter(url, "big", wait, timeout)([prompt] * texts, 10, 0.7, 0.9, keys)[0]
 
@@ -75,6 +80,7 @@ def test_a_request_has_the_key_the_sampling_and_a_seed_of_its_own(server):
     (_, path, headers, body), (*_, other) = server.seen
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     assert (body["model"], body["temperature"], body["top_p"]) == ("big", 0.7, 0.9)
+    assert body["max_tokens"] == 10
     assert body["seed"] != other["seed"] and 0 <= body["seed"] < 2 ** 31
 
 
@@ -114,12 +120,50 @@ def test_a_server_that_is_not_there_is_named(server):
 
 
 @pytest.mark.parametrize("status, said", [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"),
-                                          (404, "--teacher-model"), (400, "HTTP 400")])
+                                          (404, "--teacher-model"), (405, "HTTP 405")])
 def test_what_will_not_pass_ends_the_work_at_once_and_shows_no_key(server, status, said):
+    """Of the eight requests that may be under way none is followed by another."""
     server.script = [(status, {}, f"wrong key: {KEY}".encode())] * 300
     with pytest.raises(ConnectionError, match=said) as error:
         ask(server.url, texts=300)
-    assert len(server.seen) < 300 and "\n" not in str(error.value) and KEY not in str(error.value)
+    assert len(server.seen) <= 8 and "\n" not in str(error.value) and KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_one_refused_prompt_is_one_rejection_and_the_others_get_what_they_get(server, status):
+    """With the server's reason, on one line and without the key, which some servers repeat."""
+    error = {"error": {"message": f"prompt too long:\nkey {KEY} " + "x" * 300}}
+    server.script = [(200, {}, completion("one")), (status, {}, json.dumps(error).encode()),
+                     (200, {}, completion("three"))]
+    writer = ServerWriter(server.url, "big", 0.001)
+    prompts = [Prompt([{"role": "user", "content": str(i)}]) for i in range(3)]
+    texts = [writer([prompt], 10, 0.7, 0.9, [(0, "id", i)])[0] for i, prompt in enumerate(prompts)]
+    assert texts == ["one", "", "three"] and len(server.seen) == 3
+    said = texts[1].problem
+    assert said.startswith(f"refused by the server, HTTP {status} prompt too long, key ... xx")
+    assert len(said) < 200 and "\n" not in said and ":" not in said
+    assert rejected(texts[1]) == [f"{said}: no call could be read"]
+
+
+def rejected(text: str) -> list[str]:
+    """Why the tries of one sample are rejected whose first text is this."""
+    tool = {"name": "f", "description": "", "parameters": {}}
+    sample = Sample("id", ({"role": "user", "content": "Hi."},), (tool,))
+    h = {"id": train.Assessed("id", candidates={"f": 0.0}, request="Hi.")}
+
+    def writer(*_): return [text]
+    agent = SimpleNamespace(task=train.CALLING, writer=writer)
+    found, = augment.synthesize(agent, [sample], train.Config(seed=1), h)
+    return [one.reason for one in found.rejected][:1]
+
+
+def test_a_text_that_was_cut_says_so_where_it_is_rejected(server):
+    server.script = [(200, {}, completion('{"name": "f", "argu', "length"))]
+    text = ask(server.url)
+    assert text == '{"name": "f", "argu' and text.problem == "cut at 10 tokens"
+    assert rejected(text) == ["cut at 10 tokens: no call could be read"]
+    server.script = [(200, {}, completion("whole"))]
+    assert ask(server.url).problem == ""
 
 
 def test_without_a_key_no_token_for_the_hub_is_sent(server, monkeypatch):

@@ -11,13 +11,15 @@ import lora
 import train
 from augment import stands_in
 from data import Sample, call_prompt, request_text, with_request
-from data.calls import Call, parse_calls
-from model import KVCache, Tokenizer, seeded
+from data.calls import Call, call_start, parse_calls
+from data.chat import Tokenizer
+from data.runs import Kept
+from model import KVCache, seeded
 from train import Agent, Config, schedule, self_improve
-from uncertainty import PrefixCaches, answer_start, score_candidates, softmax_difference
+from uncertainty import PrefixCaches, score_candidates, softmax_difference
 
-CONFIG = train.choose(Config(bench="toolalpaca", model="tiny", device="cpu", tau=1.0, k=2, epochs=2,
-                             lr=1e-3, max_new_tokens=24))
+CONFIG = train.fill_in(Config(bench="toolalpaca", model="tiny", device="cpu", tau=1.0, k=2,
+                              epochs=2, lr=1e-3, max_new_tokens=24))
 # Of the first alone the model is very unsure; for the second it finds one pair, for the others two.
 SAMPLES = [data.load("toolalpaca", "bundled")[i] for i in (26, 28, 6)]
 
@@ -33,22 +35,27 @@ def usual(agent) -> list[dict]:
     return improved(agent, SAMPLES)
 
 
-def nothing_kept(stage, samples, compute) -> dict:
-    return {line.id: line for line in compute(samples)} if samples else {}
+class OnlyHere(Kept):
+    """Lines that are nowhere but in this object."""
+
+    def read(self, stage, name): return {}
+
+    def append(self, name, lines): pass
 
 
-def improved(agent: Agent, samples: list[Sample], **changes) -> list[dict]:
-    """Algorithm 1 without anything kept: what each record holds, without its seconds."""
+def improved(agent: Agent, samples: list[Sample], kept: Kept | None = None,
+             **changes) -> list[dict]:
+    """Algorithm 1 without anything on disk: what each record holds, without its seconds."""
     config = replace(CONFIG, **changes)
-    outcomes = self_improve(agent, [x.without_answers() for x in samples], config, nothing_kept)
-    records = [train.record_of(agent, x, config, o) for x, o in zip(samples, outcomes)]
-    return [vars(replace(record, seconds={})) for record in records]
+    kept = kept or OnlyHere(agent, config)
+    records = train.improved(samples, config, kept, self_improve, None)
+    return [vars(replace(records[x.id], seconds={})) for x in samples]
 
 
 def assert_same(some: list[dict], others: list[dict]) -> None:
     """The same in all but what the size of a batch may change by rounding."""
     for one, other in zip(some, others, strict=True):
-        for name in ("outcome", "base", "answer", "ids", "pairs", "rejected", "tokens"):
+        for name in ("outcome", "base", "answer", "ids", "pairs", "rejected"):
             assert one[name] == other[name]
         for name in ("losses", "norms", "log_p", "margin", "candidates"):
             assert one[name] == pytest.approx(other[name], abs=1e-3, rel=1e-3)
@@ -76,7 +83,7 @@ def plain_training(model, examples, tensors, config) -> tuple[list[float], list[
     steps = config.epochs * len(examples)
     for step, (prompt, answer) in enumerate(examples * config.epochs):
         ids = torch.tensor([prompt + answer])
-        logits = model.logits(model(ids))[0, len(prompt) - 1:-1]
+        logits = model.lm_head(model(ids))[0, len(prompt) - 1:-1]
         loss = F.cross_entropy(logits, ids[0, len(prompt):])
         optimizer.zero_grad()
         loss.backward()
@@ -92,7 +99,7 @@ def plain_answer(model, tokenizer: Tokenizer, prompt: list[int]) -> str:
     """Greedy decoding by a full pass for each token."""
     ids = []
     while len(ids) < CONFIG.max_new_tokens:
-        token = model.logits(model(torch.tensor([prompt + ids])))[0, -1].argmax().item()
+        token = model.lm_head(model([prompt + ids]))[0, -1].argmax().item()
         if token in tokenizer.eos:
             break
         ids.append(token)
@@ -113,16 +120,16 @@ def test_a_sample_fares_as_in_a_plain_transcription_of_algorithm_1(
     fresh = PrefixCaches(model).read(key)               # the tools were read by theta_0 alone
     assert all(torch.equal(a, b) for a, b in zip(fresh.keys, cache.keys, strict=True))
 
-    head, rest = tokenizer.split_chat(call_prompt(sample))
+    head, rest = tokenizer.chat(call_prompt(sample))
     direct, cache = plain_answer(model, tokenizer, head + rest), KVCache()
-    model(torch.tensor([[*head, *rest[:-1]]]), cache)
+    model([[*head, *rest[:-1]]], cache)
     l = score_candidates(model, tokenizer, cache, rest[-1:], [t["name"] for t in sample.tools],
-                         answer_start(direct))                                          # l.2
+                         call_start(direct), '"')                                       # l.2
     assert record["margin"] == pytest.approx(softmax_difference(l), abs=1e-4)           # l.3
     assert record["base"].text == direct and record["margin"] < config.tau              # l.4
     examples = []
     for pair in record["pairs"]:                                                        # l.5
-        prompt = tokenizer.chat(call_prompt(with_request(sample, pair["request"])))
+        prompt = sum(tokenizer.chat(call_prompt(with_request(sample, pair["request"]))), [])
         examples.append((prompt, [*tokenizer.encode(pair["text"]), tokenizer.im_end]))
     monkeypatch.setattr(lora, "LoRALinear", MaskedLoRA)
     monkeypatch.setattr(MaskedLoRA, "start", len(head) if adapt == "suffix" else 0)
@@ -188,8 +195,9 @@ def test_labels_never_reach_h_g_t_or_an_answer(agent, usual, monkeypatch):
         return encode(tokenizer, text)
     monkeypatch.setattr(Tokenizer, "encode", listen)
     labelled = [replace(x, answers=(Call("canary", {"canary": "canary"}),)) for x in SAMPLES]
-    outcomes = self_improve(agent, labelled, CONFIG, nothing_kept)
+    outcomes = self_improve(labelled, CONFIG, OnlyHere(agent, CONFIG))
     assert [outcome.t.text for outcome in outcomes] == [r["answer"].text for r in usual]
+    assert improved(agent, labelled)[0]["gold"].count("canary") == 3    # the verdict alone sees it
     assert any(request_text(SAMPLES[0]) in text for text in read)
     assert not any("canary" in text for text in read)
 
@@ -205,29 +213,74 @@ def test_the_bundled_model_writes_its_pairs_call_first(usual):
         assert pair["read_back"] != all(spoken)
 
 
-# ------------------------------------------------------------------------------------ out of memory
+# ------------------------------------------------------------------ numbers that are not numbers
+
+def test_a_sample_whose_numbers_are_not_finite_is_named_and_its_direct_answer_stands(agent, usual):
+    """NaN is no confidence: such a sample is neither certain nor uncertain, and harms no other."""
+    def spoil(module, args, hidden):            # three rows: what scores the first one's candidates
+        return hidden * math.nan if len(hidden) == 3 else None
+    assert [len(x.tools) for x in SAMPLES[::2]] == [3, 2]
+    with agent.model.register_forward_hook(spoil):
+        bad, good = improved(agent, SAMPLES[::2])
+    assert_same([good], usual[2:])
+    assert (bad["outcome"], bad["margin"], bad["uncertain"]) == ("non-finite", None, False)
+    assert bad["answer"] == bad["base"] and bad["base"].text == usual[0]["base"].text
+
+
+# ----------------------------------------------------------------- out of memory, out of context
 
 CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't "
+                   "allocate memory: you tried to allocate 9 bytes. Error code 12")
 
 
-def memory_for(rows: int, agent: Agent, error: Exception, sizes: list[int]):
-    """Within the block, a memory that holds so many rows in training."""
+def memory_for(rows: int, agent: Agent, error: Exception, sizes: list[int], training: bool = True):
+    """Within the block, a memory that holds so many rows in training (or else)."""
     def act(module, args):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() == training:
             sizes.append(len(args[0]))
             if len(args[0]) > rows:
                 raise error
     return agent.model.register_forward_pre_hook(act)
 
 
-def test_out_of_memory_halves_training_alone_and_the_size_that_fits_is_remembered(agent, usual):
-    agent, sizes = replace(agent), []
-    with memory_for(1, agent, CUBLAS, sizes):
-        records = improved(agent, SAMPLES)
-        assert sizes == [1] * 2 + [2] + [1] * 4 * 2     # first the sample with one pair: two steps
-        improved(agent, SAMPLES[::2])
-    assert sizes[11:] == [1] * 4 * 2                    # two were not tried again
+@pytest.mark.parametrize("error", [CUBLAS, CPU, torch.OutOfMemoryError("CUDA out of memory.")])
+def test_out_of_memory_halves_training_alone_and_the_size_that_fits_is_remembered(
+        agent, usual, error):
+    sizes, kept = [], OnlyHere(agent, CONFIG)
+    with memory_for(1, agent, error, sizes):
+        records = improved(agent, SAMPLES, kept)
+        # of three samples the two with two pairs go together first, then each alone; four steps
+        assert sizes == [2] + [1] * 4 + [1] * 2 + [1] * 4
+        assert kept.sizes == {"T": 1}
     assert_same(records, usual)
+
+
+def test_out_of_memory_halves_reading_and_writing_too(agent, usual):
+    """Direct answers and pairs of a batch, with the same helper; candidates are three rows."""
+    sizes, kept = [], OnlyHere(agent, CONFIG)
+    batch = [replace(x, id=f"{x.id}-{i}") for i in range(2) for x in SAMPLES]
+    with memory_for(3, agent, CUBLAS, sizes, training=False):
+        h = kept(train.assess, batch)
+        kept(train.synthesize, batch, h)
+    assert max(sizes) == 6 and kept.sizes == {"H": 3, "G": 3}
+    assert [line.text for line in h.values()] == [r["base"].text for r in usual] * 2
+
+
+def test_a_sample_that_the_memory_does_not_hold_alone_is_told_in_its_stage(agent):
+    for training, kind in ((True, "adapted"), (False, None)):
+        with memory_for(0, agent, CUBLAS, [], training):
+            record, = improved(agent, SAMPLES[:1])
+        assert record["outcome"] == "out of memory" and record["answer"] == record["base"]
+        assert (record["margin"] is None) == (kind is None)
+
+
+def test_a_sample_that_is_too_long_for_the_context_is_told_and_harms_no_other(agent, usual):
+    long = replace(SAMPLES[0], id="long", messages=(
+        {"role": "user", "content": "word " * agent.model.config.max_position_embeddings},))
+    good, bad = improved(agent, [SAMPLES[0], long])
+    assert_same([good], usual[:1])
+    assert (bad["outcome"], bad["answer"].exact, bad["margin"]) == ("too long", False, None)
 
 
 def test_another_error_is_not_swallowed_and_every_bit_is_restored(agent):
@@ -235,3 +288,31 @@ def test_another_error_is_not_swallowed_and_every_bit_is_restored(agent):
     with memory_for(0, agent, mistake, []), pytest.raises(RuntimeError, match="a mistake of ours"):
         improved(agent, SAMPLES[:1])
     assert state(agent.model) == before
+
+
+# --------------------------------------------------------------------------------- padded training
+
+def test_padding_behind_the_tokens_keeps_no_mask_for_the_backward_pass(agent):
+    """Two lengths that differ by one token save what two equal ones do."""
+    def saved(lengths) -> int:
+        tensors = {}
+
+        def note(t):
+            tensors[t.data_ptr()] = t.nbytes
+            return t
+        params = lora.new_params(agent.model, 2, [seeded(i) for i in range(2)])
+        examples = [([5] * (n - 8), [7] * 8) for n in lengths]
+        with lora.adapters(agent.model, params, 4.0), \
+                torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            train.answer_loss(agent.model, examples, [])
+        return sum(tensors.values())
+    assert saved((200, 199)) < 1.02 * saved((200, 200))
+
+
+# ---------------------------------------------------------------------------- an answer that is cut
+
+def test_an_answer_that_was_cut_is_told_as_such(agent):
+    record, = improved(agent, SAMPLES[:1], max_new_tokens=5)
+    assert record["base"].reason == record["answer"].reason == "cut at 5 tokens: unparsable"
+    whole, = improved(agent, SAMPLES[:1], max_new_tokens=200, method="base")
+    assert "cut" not in whole["base"].reason

@@ -1,0 +1,371 @@
+"""What a run leaves on disk: the kept lines of its stages, its records, its folder.
+
+    runs/stages/H-<bench>-<model>-<digest>.<process>.jsonl      kept lines, one a sample
+    runs/<name>/config.json, records.jsonl, summary.json        a run: the join of its lines
+
+A stage is a function from samples to lines of JSON. Its lines lie in files that are named by a
+digest of all that a line depends on besides its sample: the stage's code, the options and facts
+that it reads, and the same of each stage whose lines it sees.
+"""
+import ast
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from glob import escape
+from pathlib import Path
+
+import torch
+
+THIS = Path(__file__).resolve()
+# why a line tells of a failure; only for want of memory a later start tries again
+OUT_OF_MEMORY, TOO_LONG, NON_FINITE = "out of memory", "too long", "non-finite"
+
+
+# --- Stages: what is known of a function whose lines are kept -------------------------------------
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    line: type                  # the dataclass of a line; it has the fields id, failed and seconds
+    reads: tuple[str, ...]      # the options and facts that a line depends on
+    code: str                   # a digest of the function and of what it names
+
+
+def stage(name: str, line: type, *reads: str) -> Callable:
+    """Mark a function (agent, samples, config, *lines seen) -> lines as a stage, for `Kept`."""
+    def mark(function: Callable) -> Callable:
+        function.stage = Stage(name, line, reads, code_digest(function))
+        return function
+    return mark
+
+
+def code_digest(*functions: Callable) -> str:
+    """A digest of what functions do: of their code, and of all in this project that it names, in
+    turn. It is made of what was loaded, without comments, docstrings and line numbers.
+
+    The type of a parameter `config` is not followed, since the options that are read stand in a
+    key on their own; nor is this file, which keeps lines and makes none."""
+    todo, found = [(Path(inspect.getfile(f)).resolve(), f.__name__) for f in functions], {}
+    while todo:
+        file, name = todo.pop()
+        if (file, name) in found or file == THIS or name not in definitions(file):
+            continue                                # a local name, a builtin, another library's
+        found[file, name], named = definitions(file)[name]
+        todo += named
+    return hashlib.sha256("\n".join(sorted(found.values())).encode()).hexdigest()[:16]
+
+
+@cache
+def definitions(file: Path) -> dict[str, tuple[str, list[tuple[Path, str]]]]:
+    """Each name that a file defines: the code that does so, without docstrings, and what that
+    names, as (file, name). A file is read once."""
+    tree, found = ast.parse(file.read_text(encoding="utf-8")), {}
+    for node in ast.walk(tree):
+        is_block = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        if is_block and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+        if isinstance(node, ast.arg) and node.arg == "config":
+            node.annotation = None
+    for node in tree.body:
+        parts = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+        text, named = ast.dump(node), [(file, part.id) for part in parts]
+        defined = [part.id for part in parts if isinstance(part.ctx, ast.Store)]
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined = [node.name]
+        for name in defined:
+            found[name] = text, named
+        for alias in getattr(node, "names", []):                    # of an import
+            module = sys.modules.get(getattr(node, "module", alias.name))
+            path = Path(getattr(module, "__file__", None) or "/").resolve()
+            if path.is_relative_to(THIS.parent.parent) and "site-packages" not in path.parts:
+                whole = isinstance(node, ast.Import)
+                named = [(path, each) for each in (definitions(path) if whole else [alias.name])]
+                found[alias.asname or alias.name] = "", named
+    return found
+
+
+# --- Kept lines -----------------------------------------------------------------------------------
+class Lines(dict):
+    """Lines of a stage by sample id, with the key of what they depend on."""
+    key: dict = {}
+
+
+class Missing(Exception):
+    """A line is not there, and none is to be computed."""
+
+
+@dataclass
+class Kept:
+    """kept(stage, samples, *seen): the lines of a stage by sample id. Those on disk are read, the
+    others are computed by stage(agent, samples, config, *seen) and appended. Each process appends
+    to files of its own, so any number of them may work, and be killed."""
+    agent: object
+    config: object
+    computing: bool = True          # else Missing is raised where a line is not there
+    failures: bool = False          # read also the lines that tell of too little memory
+    keys: dict[str, dict] = field(default_factory=dict)     # a file's name -> its key
+    lines: dict[str, dict] = field(default_factory=dict)    # a file's name -> sample -> line
+    files: dict[str, Path] = field(default_factory=dict)    # a file's name -> this process's file
+    sizes: dict[str, int] = field(default_factory=dict)     # stage -> samples that memory has held
+
+    def __call__(self, function: Callable, samples: Sequence, *seen: Lines) -> Lines:
+        stage, known = function.stage, {**vars(self.config), **self.agent.facts}
+        key = {"stage": stage.name, "code": stage.code,
+               **{name: known[name] for name in stage.reads}, "seen": [each.key for each in seen]}
+        stem = f"{stage.name}-{known['bench']}-{Path(known['model']).resolve().name[:60]}"
+        name = f"{stem}-{digest(key)[:12]}"
+        if name not in self.lines:
+            self.keys[name], self.lines[name] = key, self.read(stage, name)
+        lines, of = self.lines[name], {x.id: digest(x) for x in samples}
+        missing = [x for x in samples if of[x.id] not in lines]
+        if missing and not self.computing:
+            raise Missing(missing[0].id)
+        while missing:
+            new = self.compute(function, missing, seen)
+            self.append(name, [{"of": of[line.id], **asdict(line)} for line in new])
+            lines |= {of[line.id]: line for line in new}
+            missing = [x for x in missing if of[x.id] not in lines]
+        found = Lines({x.id: lines[of[x.id]] for x in samples})
+        found.key = key
+        return found
+
+    def read(self, stage: Stage, name: str) -> dict:
+        """The lines that any process has kept, by the digest of their sample; a torn one is skipped
+        with a notice."""
+        lines, make = {}, getattr(stage.line, "from_json", stage.line)
+        folder = Path(self.config.out).parent
+        for path in sorted(folder.glob(f"stages/{escape(name)}.*.jsonl")):
+            for number, text in enumerate(path.read_bytes().split(b"\n")[1:], 2):
+                if not text:
+                    continue
+                try:
+                    fields = json.loads(text)
+                    of, line = fields.pop("of"), make(**fields)
+                    again = line.failed == OUT_OF_MEMORY and (of in lines or not self.failures)
+                except (ValueError, TypeError, LookupError, AttributeError):
+                    print(f"{path}, line {number}: is torn; its sample is computed again")
+                    continue
+                if not again:
+                    lines[of] = line
+        return lines
+
+    def compute(self, function: Callable, samples: Sequence, seen: Sequence[Lines]) -> list:
+        """The lines of as many of the first samples as the stage takes and the memory holds: where
+        it does not, of half as many. A sample that it does not hold alone, or that the model's
+        context does not, has a line that says so."""
+        stage, start, new = function.stage, time.perf_counter(), []
+        part = samples[:self.sizes.get(stage.name)]
+        while not new:
+            try:
+                new = function(self.agent, part, self.config, *seen)
+            except OverflowError:
+                failed = TOO_LONG
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                failed = OUT_OF_MEMORY
+            # out here nothing holds on to what the failed pass has left in memory
+            if not new and len(part) == 1:
+                new = [stage.line(part[0].id, failed=failed)]
+            elif not new:
+                part = part[:len(part) // 2]
+                if failed == OUT_OF_MEMORY:
+                    self.sizes[stage.name] = len(part)
+        for line in new:
+            line.seconds = round((time.perf_counter() - start) / len(new), 4)
+        return new
+
+    def append(self, name: str, lines: Sequence[dict]) -> None:
+        """Add lines to this process's file, in one write, flushed and synced."""
+        if name not in self.files:
+            folder = Path(self.config.out).parent / "stages"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.files[name] = folder / f"{name}.{uuid.uuid4().hex[:8]}.jsonl"
+        with open(self.files[name], "a", encoding="utf-8") as file:
+            if not file.tell():
+                lines = [{"key": self.keys[name]}, *lines]
+            file.write("".join([json.dumps(line, allow_nan=False) + "\n" for line in lines]))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Also where cuBLAS cannot get its workspace, or the CPU no memory, which torch reports in
+    other ways."""
+    said = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in said)
+
+
+def digest(value: object) -> str:
+    """A digest of a JSON value, in which dataclasses may stand."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=asdict).encode()).hexdigest()
+
+
+def key_in(path: Path) -> dict:
+    """The key that a file of kept lines begins with; {} if that line is torn."""
+    try:
+        return json.loads(path.read_bytes().partition(b"\n")[0])["key"]
+    except (ValueError, TypeError, LookupError):
+        return {}
+
+
+def forget(config: object, facts: dict) -> None:
+    """Delete the kept lines of this configuration (--fresh): those of its benchmark and model whose
+    key has its options and facts, whatever the code."""
+    known = {**vars(config), **facts}
+    stem = f"-{config.bench}-{Path(config.model).resolve().name[:60]}"
+    for path in Path(config.out).parent.glob(f"stages/*{escape(stem)}-*.jsonl"):
+        key = key_in(path)
+        if not key or not path.name.rpartition("-")[0].endswith(stem):
+            continue
+        todo = [key]
+        while todo and all(todo[-1][name] == known[name] for name in todo[-1] if name in known):
+            todo += todo.pop()["seen"]
+        if not todo:
+            path.unlink()
+
+
+def other_keys(kept: Kept) -> list[str]:
+    """How the kept lines that are there for this benchmark and model differ from those that are
+    looked for: a sentence for each stage and difference."""
+    said, folder = {}, Path(kept.config.out).parent
+    for name, key in kept.keys.items():
+        stem = name.rpartition("-")[0]
+        for path in folder.glob(f"stages/{escape(stem)}-*.jsonl"):
+            other = key_in(path)
+            differing = [part for part in key if key[part] != other.get(part)]
+            if differing and path.name.rpartition("-")[0] == stem:
+                what = ", ".join(differing)
+                said[f"Lines of {key['stage']} are there that differ in: {what}."] = None
+    return list(said)
+
+
+# --- Records: what a run found out of each sample -------------------------------------------------
+@dataclass(frozen=True)
+class Verdict:
+    """What an answer is worth. `exact` is the score; the rest says why, and how far off it is."""
+    text: str                       # the answer
+    exact: bool                     # it means what the gold answer means
+    reason: str                     # "" if exact, else what is wrong first; its kind before ":"
+    measures: dict[str, float]      # what else the task measures of an answer
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample of a run: what H, G and T saw, and the verdicts before and after."""
+    id: str
+    request: str
+    margin: float | None            # u(x) = p(1) - p(2), in [0, 1]; None: H has failed
+    uncertain: bool                 # what the gate decided
+    outcome: str                    # certain, direct, adapted, no pair, or how a stage has failed
+    candidates: dict[str, float]    # action: l_n in nats
+    base: Verdict                   # of the direct answer
+    answer: Verdict                 # of the answer that counts
+    pairs: list[dict]               # of G, as in augment.Pair ...
+    rejected: list[dict]            # ... and augment.Rejected
+    losses: list[float]             # one a training step, in nats
+    norms: list[float]              # of the gradient, likewise
+    seconds: dict[str, float]       # by stage
+    gold: str                       # the gold answer as text
+    log_p: list[float]              # of the direct answer's tokens, its end included, in nats
+    entropy: list[float]            # likewise
+    ids: list[int]                  # the direct answer's tokens without its end
+    prompt_tokens: int
+    extra: dict = field(default_factory=dict)       # what a run of research adds
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    config: dict
+    records: list[Record]
+
+
+# what changes no outcome, or says itself in the facts; and facts that only tell of the machine
+FREE = {"batch", "checkpointing", "out", "device", "dtype", "pack", "offline", "fresh"}
+TOLD = {"torch", "python"}
+
+
+def claim_folder(config: object, facts: dict) -> str:
+    """The run folder --out, in which a "*" at the end stands for a short digest of what the run
+    depends on. ValueError if it holds a run of another configuration."""
+    mine = {**vars(config), **facts}
+    for name in FREE | TOLD:
+        mine.pop(name, None)
+    mine, was = json.loads(json.dumps(mine)), []
+    folder = config.out.removesuffix("*") + digest(mine)[:6] * config.out.endswith("*")
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return folder
+    try:
+        there = dict(json.loads(path.read_bytes()))
+        there |= there["facts"]
+    except (ValueError, TypeError, LookupError):
+        raise ValueError(f"{path} is damaged; delete it, or choose another --out") from None
+    for name in mine:
+        if mine[name] != there.get(name):
+            was.append(f"{name} {there.get(name)!r:.30}, now {mine[name]!r:.30}")
+    if was:
+        raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(was)}): "
+                         "choose another --out, or delete it")
+    return folder
+
+
+def write_run(run: Run, summary: dict) -> bool:
+    """Write config.json, records.jsonl and summary.json, each whole or not at all; never a NaN.
+    A folder of more records is left as it is: False."""
+    contents = {"config.json": json.dumps(run.config, indent=2, allow_nan=False) + "\n",
+                "records.jsonl": "".join([json.dumps(asdict(record), allow_nan=False) + "\n"
+                                          for record in run.records]),
+                "summary.json": json.dumps(summary, indent=2, allow_nan=False) + "\n"}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)            # of several processes one writes at a time
+        there = run.folder / "records.jsonl"
+        if there.is_file() and there.read_bytes().count(b"\n") > len(run.records):
+            return False
+        for name, content in contents.items():
+            if (run.folder / name).is_file() and (run.folder / name).read_text() == content:
+                continue                            # another process has written it
+            temporary = run.folder / f"{name}.{os.getpid()}.tmp"
+            try:
+                with open(temporary, "w", encoding="utf-8") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, run.folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return True
+
+
+def read_run(folder: Path) -> Run:
+    """A run of train.py; FileNotFoundError or ValueError name the file, the line and the fault."""
+    paths = folder / "config.json", folder / "records.jsonl"
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}: is {folder} a run folder of train.py?")
+    records, where = [], str(paths[0])
+    try:
+        config = dict(**json.loads(paths[0].read_bytes()))
+        for number, line in enumerate(paths[1].read_bytes().splitlines(), 1):
+            where = f"{paths[1]}, line {number}"
+            fields = dict(**json.loads(line))
+            for verdict in {"base", "answer"} & fields.keys():
+                fields[verdict] = Verdict(**fields[verdict])
+            records.append(Record(**fields))
+    except (ValueError, TypeError, RecursionError) as error:    # the second: a field lacks
+        raise ValueError(f"{where}: {error}; the run's command writes it again") from None
+    return Run(folder, config, records)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of `runs/*`, where the kept stages lie beside them."""
+    return [read_run(folder) for folder in folders if folder.name != "stages"]
