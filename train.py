@@ -299,7 +299,7 @@ def exit_codes(main: Callable) -> Callable:
             return main(argv)
         except KeyboardInterrupt:                       # before the first sample
             return 130
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, OverflowError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
             line = printable((str(error) or type(error).__name__).splitlines()[0])
@@ -352,7 +352,7 @@ def fill_in(config: Config) -> Config:
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name not in SILENT and value != f.default:
-            told.append(f"{f.name}={Path(str(value)).resolve().name[:60]}")
+            told.append(f"{f.name}={Path(str(value)).resolve().name[:40]}")
     device, dtype = config.device, config.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -364,10 +364,11 @@ def fill_in(config: Config) -> Config:
     model = config.model or ("Qwen/Qwen2.5-1.5B-Instruct" if gpu else "tiny")
     source = config.data or ("bundled" if model == "tiny" else "")
     lr = config.lr or (TINY_LR if model == "tiny" else 1e-4)
-    stem = Path(model).resolve().name[:60]
+    stem = Path(model).resolve().name[:40]
     name = "-".join([config.bench, stem, config.method, *told, f"s{config.seed}"])
-    if (model, source, config.teacher) != ("tiny", "bundled", "") or len(name) > 150:
-        name = f"{name[:150]}-*"
+    cut = name.encode()[:180].decode(errors="ignore")           # a file system allows 255 bytes
+    if (model, source, config.teacher) != ("tiny", "bundled", "") or cut != name:
+        name = f"{cut}-*"
     return replace(config, model=model, device=device, dtype=dtype, data=source, lr=lr,
                    out=config.out or f"runs/{name}")
 

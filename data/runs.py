@@ -119,7 +119,7 @@ class Kept:
         stage, known = function.stage, {**vars(self.config), **self.agent.facts}
         key = {"stage": stage.name, "code": stage.code,
                **{name: known[name] for name in stage.reads}, "seen": [each.key for each in seen]}
-        stem = f"{stage.name}-{known['bench']}-{Path(known['model']).resolve().name[:60]}"
+        stem = f"{stage.name}-{known['bench']}-{Path(known['model']).resolve().name[:40]}"
         name = f"{stem}-{digest(key)[:12]}"
         if name not in self.lines:
             self.keys[name], self.lines[name] = key, self.read(stage, name)
@@ -220,7 +220,7 @@ def forget(config: object, facts: dict) -> None:
     """Delete the kept lines of this configuration (--fresh): those of its benchmark and model whose
     key has its options and facts, whatever the code."""
     known = {**vars(config), **facts}
-    stem = f"-{config.bench}-{Path(config.model).resolve().name[:60]}"
+    stem = f"-{config.bench}-{Path(config.model).resolve().name[:40]}"
     for path in Path(config.out).parent.glob(f"stages/*{escape(stem)}-*.jsonl"):
         key = key_in(path)
         if not key or not path.name.rpartition("-")[0].endswith(stem):
