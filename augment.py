@@ -297,7 +297,7 @@ class LocalWriter:
         for prompt in prompts:
             begun = {"role": "assistant", "content": prompt.start + prompt.form.start}
             chats.append([*prompt.messages, begun])
-        caches, last = self.prefixes.split(self.tokenizer, chats, "last")
+        caches, last = self.prefixes.split(self.tokenizer, chats, "answer")
         forms = [prompt.form for prompt in prompts]
         written = generate(self.model, self.tokenizer, last, limit, caches, temperature, top_p,
                            keys, forms)

@@ -73,7 +73,7 @@ class PrefixCaches:
               scope: str) -> tuple[list[KVCache], list[list[int]]]:
         """Prompts in two: caches of what theta_0 has read of each (so call this outside of
         `adapters`), and the tokens that are yet to be read. These are, by scope, full: all, and
-        there are no caches; suffix: what follows the system turn; last: the last token alone,
+        there are no caches; suffix: what follows the system turn; answer: the last token alone,
         since who goes on from a cache reads at least one to have logits."""
         caches, rests = [], []
         for chat in chats:

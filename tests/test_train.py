@@ -69,7 +69,8 @@ def state(model) -> tuple[list, dict[str, bytes]]:
 # --------------------------------------------------------------------- Algorithm 1, written plainly
 
 class MaskedLoRA(lora.LoRALinear):
-    """The plain twin of --adapt suffix: a full pass in which the adapter is off before `start`."""
+    """The plain twin of --adapt suffix and answer: a full pass in which the adapter is off before
+    `start`."""
     start = 0
 
     def forward(self, x):
@@ -77,12 +78,17 @@ class MaskedLoRA(lora.LoRALinear):
         return self.base(x) + (super().forward(x) - self.base(x)) * on
 
 
-def plain_training(model, examples, tensors, config) -> tuple[list[float], list[float]]:
+def starts(adapt: str, head: list[int], prompt: list[int]) -> int:
+    """The first token that an adapter acts on."""
+    return {"full": 0, "suffix": len(head), "answer": len(prompt) - 1}[adapt]
+
+
+def plain_training(model, examples, tensors, config, head) -> tuple[list[float], list[float]]:
     """T as one would write it down: whole texts, every logit, torch's own clipping."""
     optimizer, losses, norms = torch.optim.AdamW(tensors, weight_decay=0.0), [], []
     steps = config.epochs * len(examples)
     for step, (prompt, answer) in enumerate(examples * config.epochs):
-        ids = torch.tensor([prompt + answer])
+        ids, MaskedLoRA.start = torch.tensor([prompt + answer]), starts(config.adapt, head, prompt)
         logits = model.lm_head(model(ids))[0, len(prompt) - 1:-1]
         loss = F.cross_entropy(logits, ids[0, len(prompt):])
         optimizer.zero_grad()
@@ -106,12 +112,13 @@ def plain_answer(model, tokenizer: Tokenizer, prompt: list[int]) -> str:
     return tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("adapt, checkpointing", [("full", False), ("suffix", True)])
+@pytest.mark.parametrize("adapt, checkpointing", [("full", False), ("suffix", True),
+                                                  ("answer", False)])
 def test_a_sample_fares_as_in_a_plain_transcription_of_algorithm_1(
         agent, adapt, checkpointing, monkeypatch):
     model, tokenizer, sample = agent.model, agent.tokenizer, SAMPLES[0]
     forgetful = PrefixCaches(model, max_bytes=1)        # so each phase reads the tools once more
-    before, config = state(model), replace(CONFIG, epochs=4, lr=1e-2)
+    before, config = state(model), replace(CONFIG, epochs=4, lr=1e-2, adapt=adapt)
     record, _ = improved(replace(agent, prefixes=forgetful), SAMPLES[::2], epochs=4, lr=1e-2,
                          adapt=adapt, checkpointing=checkpointing)
     model.checkpointing = False
@@ -132,10 +139,10 @@ def test_a_sample_fares_as_in_a_plain_transcription_of_algorithm_1(
         prompt = sum(tokenizer.chat(call_prompt(with_request(sample, pair["request"]))), [])
         examples.append((prompt, [*tokenizer.encode(pair["text"]), tokenizer.im_end]))
     monkeypatch.setattr(lora, "LoRALinear", MaskedLoRA)
-    monkeypatch.setattr(MaskedLoRA, "start", len(head) if adapt == "suffix" else 0)
     params = lora.new_params(model, config.rank, [seeded(config.seed, sample.id, "lora")])
     with lora.adapters(model, params, config.alpha) as tensors:                         # l.6
-        losses, norms = plain_training(model, examples, tensors, config)                # l.7
+        losses, norms = plain_training(model, examples, tensors, config, head)          # l.7
+        MaskedLoRA.start = starts(adapt, head, head + rest)
         answer = plain_answer(model, tokenizer, head + rest)                            # l.8
     assert record["losses"] == pytest.approx(losses, abs=1e-4) and losses[-1] < losses[0]
     assert record["norms"] == pytest.approx(norms, rel=1e-2)
@@ -150,7 +157,7 @@ def test_the_schedule_by_hand():
 
 # ------------------------------------------------------------------------- each sample on its own
 
-@pytest.mark.parametrize("adapt", ["full", "suffix"])
+@pytest.mark.parametrize("adapt", ["full", "suffix", "answer"])
 def test_no_outcome_depends_on_order_batch_size_or_the_other_samples(agent, adapt, usual):
     together = usual if adapt == "full" else improved(agent, SAMPLES, adapt=adapt)
     alone = [improved(agent, [x], adapt=adapt)[0] for x in SAMPLES[::-1]]

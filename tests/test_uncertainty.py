@@ -96,7 +96,7 @@ def test_a_name_that_begins_with_punctuation_is_read_as_it_is_written(model, tok
     assert (found - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("scope", ["full", "suffix", "last"])
+@pytest.mark.parametrize("scope", ["full", "suffix", "answer"])
 def test_what_is_cached_of_a_prompt_and_what_is_yet_to_be_read_are_the_prompt(
         scope, model, tokenizer):
     """Nothing is cached, the system turn, or all but the last token."""
@@ -106,7 +106,7 @@ def test_what_is_cached_of_a_prompt_and_what_is_yet_to_be_read_are_the_prompt(
     for chat, cache, unread in zip(chats, caches or [None, None], rests, strict=True):
         system, rest = tokenizer.chat(chat)
         whole = system + rest
-        known = {"full": 0, "suffix": len(system), "last": len(whole) - 1}[scope]
+        known = {"full": 0, "suffix": len(system), "answer": len(whole) - 1}[scope]
         assert cache is None or cache.ids.tolist() == [whole[:known]]
         assert unread == whole[known:]
         assert torch.allclose(model([unread], cache), model([whole])[:, known:], atol=1e-5)
