@@ -33,8 +33,8 @@ from augment import Found, LocalWriter, ServerWriter, synthesize, try_call_first
 from data import Sample, Task, request_text, with_request
 from data.calls import call_start, call_text
 from data.chat import Tokenizer
-from data.runs import (NON_FINITE, Kept, Lines, Missing, Record, Run, claim_folder, digest, forget,
-                       other_keys, out_of_memory, stage)
+from data.runs import (NON_FINITE, Kept, Lines, Missing, Record, Run, digest, forget, other_keys,
+                       out_of_memory, run_folder, stage)
 from evaluate import exact_match, join, printable
 from lora import Params, adapters, new_params
 from model import KVCache, Qwen2, find_checkpoint, fingerprint, generate, load_model, seeded
@@ -85,7 +85,7 @@ class Assessed:
     failed: str = ""                    # why nobody reads the numbers
     request: str = ""
     candidates: dict[str, float] = field(default_factory=dict)      # action -> l_n, nats
-    margin: float = 1.0                 # u(x), the softmax difference
+    margin: float = 1.0                 # u(x), the softmax difference; where H has failed, 1
     prompt_tokens: int = 0
     text: str = ""                      # the direct answer
     ids: list[int] = field(default_factory=list)        # its tokens, without the end token
@@ -131,7 +131,8 @@ class Adapted:
 
 @stage("T", Adapted, "adapt", "rank", "alpha", "epochs", "lr", "seed")
 def adapt(agent: Agent, samples: Sequence[Sample], config: Config, g: Lines) -> list[Adapted]:
-    """T for those samples that have as many pairs as the first; Kept asks again for the others."""
+    """T. All samples of a pass need equally many pairs, so this takes those that have as many as the
+    first; `Kept` calls it again with the others."""
     alike = [x for x in samples if len(g[x.id].pairs) == len(g[samples[0].id].pairs)]
     lessons = []                        # each sample's pairs: x' and y'
     for x in alike:
@@ -148,21 +149,22 @@ def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Le
     """T for samples with equally many lessons: an adapter each (`params`, or fresh ones), its
     answer, and the reset."""
     model, tokenizer, rounds, lines = agent.model, agent.tokenizer, [], []
-    for lesson in zip(*lessons):                        # the first of each sample, the second, ...
-        chats = [agent.task.prompt(x) for x, _ in lesson]
+    for one_each in zip(*lessons):              # the first lesson of each sample, the second, ...
+        chats = [agent.task.prompt(x) for x, _ in one_each]
         caches, prompts = agent.prefixes.split(tokenizer, chats, config.adapt)
-        answers = [[*tokenizer.encode(text), tokenizer.im_end] for _, text in lesson]
-        rounds.append((list(zip(prompts, answers)), caches))
+        targets = [[*tokenizer.encode(text), tokenizer.im_end] for _, text in one_each]
+        rounds.append((list(zip(prompts, targets)), caches))
     chats = [agent.task.prompt(x) for x in samples]
-    caches, requests = agent.prefixes.split(tokenizer, chats, config.adapt)
+    caches, prompts = agent.prefixes.split(tokenizer, chats, config.adapt)
     params = params or new_params(model, config.rank,
                                   [seeded(config.seed, x.id, "lora") for x in samples])
     with adapters(model, params, config.alpha) as tensors:                      # l.6  theta_0 + BA
         losses, norms = fine_tune(model, rounds, tensors, config)               # l.7  T
-        answers = generate(model, tokenizer, requests, config.max_new_tokens, caches)   # l.8
+        answers = generate(model, tokenizer, prompts, config.max_new_tokens, caches)    # l.8
     # l.9  the reset: on leaving the block the adapters are gone, and the model is theta_0 again
     for i, (x, answer) in enumerate(zip(samples, answers)):
-        finite = all(map(math.isfinite, [*losses[i], *norms[i]]))
+        numbers = [*losses[i], *norms[i], *answer.log_p, *answer.entropy]
+        finite = all(map(math.isfinite, numbers))
         learnt = sum([len(part) for examples, _ in rounds for part in examples[i]])
         lines.append(Adapted(
             x.id, "" if finite else NON_FINITE, list(takewhile(math.isfinite, losses[i])),
@@ -408,8 +410,6 @@ def set_up(config: Config, task: Task = CALLING,
               "python": sys.version.split()[0]}
     if config.dtype != "float32":       # then a batch of another size gives other numbers
         facts["numerics"] += f", {kind}, batch {batch}, torch {torch.__version__}"
-    if config.fresh:
-        forget(config, facts)
     return Agent(task, me.model, me.tokenizer, me.prefixes, writer, facts, batch), samples
 
 
@@ -449,7 +449,9 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callab
     """Improve this process's share of the samples in batches, then join; the exit code. change:
     maps each record to the one that is written."""
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    config = replace(config, out=claim_folder(config, agent.facts))
+    config = replace(config, out=run_folder(config, agent.facts))
+    if config.fresh:
+        forget(config, agent.facts)
     there, records = Kept(agent, config, computing=False), {}
     for x in samples:                                   # those whose lines are all there
         records |= improved([x], config, there, improve, change)
@@ -472,7 +474,9 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callab
     except KeyboardInterrupt:
         code = 130
     if fingerprint(agent.model) != agent.facts["weights"]:
-        raise ValueError("the base weights have changed: this run's lines are not to be trusted")
+        for path in kept.files.values():
+            path.unlink()
+        raise ValueError("the base weights have changed: what this process kept was deleted")
     everybody = Kept(agent, config, computing=False, failures=True)
     for x in samples:                                   # what other processes have kept
         if x.id not in records:
@@ -502,13 +506,13 @@ def improved(samples: Sequence[Sample], config: Config, kept: Kept, improve: Cal
         return {}
     for x, outcome in zip(samples, outcomes):
         h, g, t = outcome.h, outcome.g, outcome.t
-        uncertain, after, seconds = not h.failed and h.margin < config.tau, h.text, {"H": h.seconds}
-        kind = h.failed or ("direct" if uncertain else "certain")
+        uncertain = h.margin < config.tau
+        kind, seconds = h.failed or ("direct" if uncertain else "certain"), {"H": h.seconds}
         if g:
             kind, seconds["G"] = g.failed or "no pair", g.seconds
         if t:
             kind, seconds["T"] = t.failed or "adapted", t.seconds
-            after = h.text if t.failed else t.text
+        after = t.text if t and not t.failed else h.text
         base, answer = task.verdict(h.text, x), task.verdict(after, x)
         cut = f"cut at {config.max_new_tokens} tokens"
         if len(h.ids) >= config.max_new_tokens and not base.exact:

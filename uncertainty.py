@@ -15,19 +15,6 @@ from data.chat import Tokenizer
 from model import KVCache, Qwen2
 
 
-def softmax_difference(log_likelihoods: torch.Tensor) -> float:
-    """u = p_(1) - p_(2) in [0, 1] of the scores l_n (N,), nats; 1.0 where there is one candidate.
-    p is by Relative Softmax Scoring, p_n = exp(l_n - max_j l_j) / sum_k exp(l_k - max_j l_j).
-
-    softmax_difference(torch.tensor([0.7, 0.2, 0.1]).log()) -> 0.5
-    """
-    if len(log_likelihoods) == 1:
-        return 1.0
-    p = log_likelihoods.double().softmax(-1)            # which subtracts the largest, as RSS does
-    first, second = p.topk(2).values.tolist()
-    return first - second
-
-
 @torch.no_grad()
 def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: Sequence[int],
                      actions: Sequence[str], begun: str, end: str) -> torch.Tensor:
@@ -43,15 +30,16 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
     # A name that begins in punctuation joins the quotation mark before it into one token, so the
     # two are encoded together; what all have in common of `begun` is read once.
     start, *whole = [tokenizer.encode(begun + action) for action in ("", *actions)]
-    shared = 0
+    shared = 0                                  # tokens that all have in common
     for column in zip(start, *whole):
         if len(set(column)) > 1:
             break
         shared += 1
-    own = [ids[shared:] for ids in whole]
+    own = [ids[shared:] for ids in whole]       # a candidate's own tokens
     cache = cache.fork()
-    before = model([[*last, *start[:shared]]], cache)[:, -1:]                # (1, 1, width)
+    before = model([[*last, *start[:shared]]], cache)[:, -1:]                   # (1, 1, width)
     hidden = model(own, cache.fork(len(own)))                                   # (N, new, width)
+    # position 0 predicts a candidate's first own token, the position of its last one the end
     hidden = torch.cat((before.expand(len(own), 1, -1), hidden), dim=1)
     ending, scores = tokenizer.ending(end), []
     for row, ids in zip(hidden, own):
@@ -59,6 +47,19 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
         log_p = logits.log_softmax(-1)
         scores.append(log_p[range(len(ids)), ids].sum() + log_p[-1, ending].logsumexp(-1))
     return torch.stack(scores).cpu()
+
+
+def softmax_difference(log_likelihoods: torch.Tensor) -> float:
+    """u = p_(1) - p_(2) in [0, 1] of the scores l_n (N,), nats; 1.0 where there is one candidate.
+    p is by Relative Softmax Scoring, p_n = exp(l_n - max_j l_j) / sum_k exp(l_k - max_j l_j).
+
+    softmax_difference(torch.tensor([0.7, 0.2, 0.1]).log()) -> 0.5
+    """
+    if len(log_likelihoods) == 1:
+        return 1.0
+    p = log_likelihoods.double().softmax(-1)            # which subtracts the largest, as RSS does
+    first, second = p.topk(2).values.tolist()
+    return first - second
 
 
 @dataclass

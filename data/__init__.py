@@ -46,7 +46,7 @@ class Task:
     code: dict[str, str] = field(init=False)    # digests of what stages run of it, for their keys
 
     def __post_init__(self):
-        asks = code_digest(self.prompt, self.actions, self.answer_start)
+        asks = code_digest(self.prompt, self.actions, self.answer_start) + self.action_end
         code = {"asks": asks, "tries": code_digest(*self.tries.values())}
         object.__setattr__(self, "code", code)
 

@@ -51,8 +51,13 @@ def code_digest(*functions: Callable) -> str:
     turn. It is made of what was loaded, without comments, docstrings and line numbers.
 
     The type of a parameter `config` is not followed, since the options that are read stand in a
-    key on their own; nor is this file, which keeps lines and makes none."""
+    key on their own; nor is this file, which keeps lines and makes none. ValueError for a lambda
+    or a nested function, whose code could not be told from another's."""
     todo, found = [(Path(inspect.getfile(f)).resolve(), f.__name__) for f in functions], {}
+    for file, name in todo:
+        if name not in definitions(file):
+            raise ValueError(f"{name} in {file}: a stage or a task takes functions that a file "
+                             "defines at its top level")
     while todo:
         file, name = todo.pop()
         if (file, name) in found or file == THIS or name not in definitions(file):
@@ -64,8 +69,9 @@ def code_digest(*functions: Callable) -> str:
 
 @cache
 def definitions(file: Path) -> dict[str, tuple[str, list[tuple[Path, str]]]]:
-    """Each name that a file defines: the code that does so, without docstrings, and what that
-    names, as (file, name). A file is read once."""
+    """Each name that a file defines: its code, without docstrings, and the names in that code, as
+    (file, name). For `def f(x): return g(x)` in a.py: {"f": (code, [(a.py, "g"), (a.py, "x")])}; for
+    `from b import g`: {"g": ("", [(b.py, "g")])}. A file is read once."""
     tree, found = ast.parse(file.read_text(encoding="utf-8")), {}
     for node in ast.walk(tree):
         is_block = isinstance(node, (ast.FunctionDef, ast.ClassDef))
@@ -160,7 +166,7 @@ class Kept:
         """The lines of as many of the first samples as the stage takes and the memory holds: where
         it does not, of half as many. A sample that it does not hold alone, or that the model's
         context does not, has a line that says so."""
-        stage, start, new = function.stage, time.perf_counter(), []
+        stage, start, new, failed = function.stage, time.perf_counter(), [], ""
         part = samples[:self.sizes.get(stage.name)]
         while not new:
             try:
@@ -171,7 +177,8 @@ class Kept:
                 if not out_of_memory(error):
                     raise
                 failed = OUT_OF_MEMORY
-            # out here nothing holds on to what the failed pass has left in memory
+            # out here the error is gone, and with it what the failed pass has left in memory
+            assert new or failed, f"stage {stage.name} gave no line"
             if not new and len(part) == 1:
                 new = [stage.line(part[0].id, failed=failed)]
             elif not new:
@@ -220,15 +227,14 @@ def forget(config: object, facts: dict) -> None:
     """Delete the kept lines of this configuration (--fresh): those of its benchmark and model whose
     key has its options and facts, whatever the code."""
     known = {**vars(config), **facts}
+
+    def agrees(key: dict) -> bool:
+        own = all(key[name] == known[name] for name in key if name in known)
+        return own and all(map(agrees, key["seen"]))
     stem = f"-{config.bench}-{Path(config.model).resolve().name[:40]}"
     for path in Path(config.out).parent.glob(f"stages/*{escape(stem)}-*.jsonl"):
         key = key_in(path)
-        if not key or not path.name.rpartition("-")[0].endswith(stem):
-            continue
-        todo = [key]
-        while todo and all(todo[-1][name] == known[name] for name in todo[-1] if name in known):
-            todo += todo.pop()["seen"]
-        if not todo:
+        if key and path.name.rpartition("-")[0].endswith(stem) and agrees(key):
             path.unlink()
 
 
@@ -293,7 +299,7 @@ FREE = {"batch", "checkpointing", "out", "device", "dtype", "pack", "offline", "
 TOLD = {"torch", "python"}
 
 
-def claim_folder(config: object, facts: dict) -> str:
+def run_folder(config: object, facts: dict) -> str:
     """The run folder --out, in which a "*" at the end stands for a short digest of what the run
     depends on. ValueError if it holds a run of another configuration."""
     mine = {**vars(config), **facts}

@@ -200,7 +200,7 @@ def test_a_keys_parts_stand_in_the_first_line_of_each_file(tmp_path, loaded):
 STAGES = (train.assess, augment.synthesize, train.adapt)
 EDITS = [   # file, old, new -> what is computed anew: H, G, T, (a)sks, t(r)ies
     ("train.py", '"""TT-SI,', '# a comment at the top\n"""TT-SI,', ""),
-    ("train.py", "x is read once, for all", "another comment", ""),
+    ("train.py", "x is read once", "another comment", ""),
     ("lora.py", "B = 0, so y = W x at the start", "another docstring", ""),
     ("train.py", "0.5 * (1 + math.cos(math.pi", "0.6 * (1 + math.cos(math.pi", "T"),
     ("augment.py", "TRIES = 3 ", "TRIES = 4 ", "G"),
@@ -341,7 +341,7 @@ def test_two_configurations_never_meet_in_a_folder(tmp_path, monkeypatch, one, o
     for changes in (one, other):
         config = fill_in(Config(**{**OPTIONS, **changes}))
         numerics = f"{config.dtype} {config.batch}" if config.dtype == "bfloat16" else ""
-        folders.append(train.claim_folder(config, {"numerics": numerics}))
+        folders.append(train.run_folder(config, {"numerics": numerics}))
         assert len(Path(folders[-1]).name.encode()) < 200 and "*" not in folders[-1]
     assert folders[0] != folders[1]
 
@@ -585,7 +585,20 @@ def test_a_run_that_changed_the_base_weights_is_not_called_finished(tmp_path, lo
     other = replace(agent, facts={**agent.facts, "weights": "as they were at the start"})
     with pytest.raises(ValueError, match="base weights have changed"):
         run((other, samples), tmp_path, method="base")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and not kept(tmp_path)       # nor do its lines count
+
+
+def nested():
+    def prompt(x): return []
+    return prompt
+
+
+def test_code_that_a_key_cannot_tell_is_refused(loaded):
+    """Two nested functions of one name would share their lines."""
+    with pytest.raises(ValueError, match="prompt in .*test_runs.py: .* top level"):
+        replace(train.CALLING, prompt=nested())
+    other = replace(train.CALLING, action_end="'")
+    assert other.code["asks"] != train.CALLING.code["asks"]     # where an action ends is part of it
 
 
 def test_a_sample_that_is_too_long_is_counted_and_not_the_end_of_the_run(tmp_path, capsys):
