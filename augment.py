@@ -1,9 +1,9 @@
 """G, the self-augmentation of Algorithm 1: new pairs (request x', calls y') like a sample.
 
 The writer, the model itself (TT-SI) or a teacher (TT-D), sees the sample's tools and request and
-the direct answer, never the label. Five steps learn whatever a pair says, so what it says is
-checked: it fits the tools' schema, it is new, and its values can be known from its request. Each
-try that gave no pair has a reason.
+the direct answer, never the label. A wrong pair would be learnt as well, so each is checked: it
+fits the tools' schema, it is new, and its request determines its values. A try that gave no pair
+stores its reason.
 """
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from data.runs import stage
 from model import Blank, Form, Qwen2, generate, seeded
 from uncertainty import PrefixCaches
 
-# What is asked in the user turn, behind the tools, so that the tools' KV cache serves here, too.
+# These texts go into the user turn, after the tools, so that the cached tools are used again.
 ASK_PAIR = """Write two tool calls, and under each the request of a user that it answers. Both are \
 calls of the same tool, but the second is about other names, places, numbers or dates."""
 ASK_JOINT = """Write two requests that a user may make of these tools. Both need the same tool, \
@@ -49,7 +49,7 @@ class Pair:
     """A synthetic training example: a request x' and the text of its calls y'."""
     request: str
     text: str
-    read_back: bool = False     # a value that the request does not spell was read from it again
+    read_back: bool = False     # greedy decoding of the request gave the call again
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Rejected:
 
 @dataclass
 class Found:
-    """A line of G: what came of the tries for one sample."""
+    """A line of G: the results of the tries for one sample."""
     id: str
     failed: str = ""
     pairs: list[Pair] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)      # all that was written: what it cost
+    texts: list[str] = field(default_factory=list)      # all generated texts
     seconds: float = 0.0
 
     @classmethod
@@ -91,7 +91,7 @@ def synthesize(agent, samples: Sequence[Sample], config, h: dict) -> list[Found]
             copied = any([made.request == p.request or made.text == p.text for p in own.pairs])
             if copied and not made.reason:
                 made.reason = "copy of an earlier pair"
-            problem = getattr(made.written[0], "problem", "")       # of the writing: see Written
+            problem = getattr(made.written[0], "problem", "")       # of a server: see Written
             if made.reason and problem:
                 made.reason = f"{problem}: {made.reason}"
             if made.reason:
@@ -103,11 +103,11 @@ def synthesize(agent, samples: Sequence[Sample], config, h: dict) -> list[Found]
 
 @dataclass
 class Try:
-    """A try at a pair for a sample, and why it is rejected; empty if it is kept."""
+    """A try at a pair for a sample, and why it is rejected; "" if it is kept."""
     sample: Sample
-    written: list[str]                  # all texts: what it cost
+    written: list[str]                  # all generated texts
     request: str
-    text: str                           # of its calls
+    text: str                           # the text of the calls
     reason: str = ""
     read_back: bool = False
 
@@ -157,8 +157,8 @@ def call_form(sample: Sample, line, direct: Sequence[Call]) -> Prompt:
     """The prompt for a pair of the tool that H finds likeliest: its keys are given, its values and
     the request are blanks. line: the sample's line of H; direct: the calls of its answer."""
     # paper: the pair is written in one go (--pair joint).
-    # ours: the call first. Request first, a small model's request is often for another tool, and
-    # the call it then writes seldom fits the schema.
+    # ours: the call first. If the request comes first, a small model often writes it for another
+    # tool, and the call that it then writes seldom fits the schema.
     name = max(line.candidates, key=line.candidates.get)
     tool = next(tool for tool in sample.tools if tool["name"] == name)
     shown, required = (*direct, Call(name))[0], required_arguments(tool)
@@ -213,15 +213,15 @@ def check_request(request: str, sample: Sample, own: str) -> str:
         return "copy of the seed request"
     for tool in sample.tools:
         name = tool["name"]
-        is_word = re.fullmatch("[A-Z]?[a-z]+", name)        # `translate` may well be said
+        is_word = re.fullmatch("[A-Z]?[a-z]+", name)        # `translate` is an ordinary word
         if name in request and name not in own and not is_word:
             return "the request names the tool"
     return ""
 
 
 def stands_in(value: object, request: str) -> bool:
-    """Whether a request spells a value. Items of lists and objects are checked one by one. It never
-    spells "", null, a boolean or an empty list."""
+    """Whether a request spells a value. Items of lists and objects are checked one by one. Empty
+    values, null and booleans never count as spelled."""
     if isinstance(value, (list, dict)):
         items = list(value.values() if isinstance(value, dict) else value)
         return bool(items) and all([stands_in(item, request) for item in items])
@@ -265,7 +265,7 @@ def try_joint(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
         line, _, rest = text.strip().partition("\n")
         request, calls = line.strip().removesuffix('"').strip(), parse_calls(rest).calls
         reason = check_request(request, x, h[x.id].request) or check_calls(calls, x)
-        own = call_text(calls, like=h[x.id].text)               # without prose behind
+        own = call_text(calls, like=h[x.id].text)               # without text after it
         tries.append(Try(x, [text], request, own, reason))
     return tries
 
@@ -274,7 +274,7 @@ def try_joint(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a writer is shown. A server, which cannot fill in a form, sees how that begins."""
+    """What a writer is shown. A server cannot fill in a form; it gets only the beginning."""
     messages: list[dict]
     start: str = ""             # how the assistant's turn begins; it is not returned
     form: Form = Form()         # what follows, and is returned; without blanks it is free
@@ -326,7 +326,7 @@ class ServerWriter:
 
     def __call__(self, prompts, limit, temperature, top_p, keys) -> list[str]:
         from huggingface_hub import InferenceClient     # only here: it takes a second to import
-        secret = os.environ.get("OPENAI_API_KEY", "").strip() or "none"     # not the hub's token
+        secret = os.environ.get("OPENAI_API_KEY", "").strip() or "none"     # never the hub's token
         client = InferenceClient(base_url=self.url, api_key=secret, timeout=self.timeout)
         jobs, ended = [], Event()
         for prompt, key in zip(prompts, keys):
@@ -335,7 +335,7 @@ class ServerWriter:
             if start:           # the API cannot begin the assistant's turn, so the user asks for it
                 last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
                                            f"Write what follows, and nothing else:\n{start}"}
-            seed = seeded(*key).initial_seed() % 2 ** 31        # where the server heeds it
+            seed = seeded(*key).initial_seed() % 2 ** 31        # if the server uses it
             body = dict(messages=[*before, last], model=self.model, seed=seed, max_tokens=limit,
                         temperature=temperature, top_p=top_p)
             jobs.append((client, start, prompt.form.start, body, ended))
@@ -344,7 +344,7 @@ class ServerWriter:
 
     def ask(self, job: tuple) -> str:
         """What a server writes for one prompt, without the start if it repeats that. A busy, broken
-        or late server is asked again; a prompt that it refuses is one text that says so."""
+        or late server is asked again; a refusal becomes an empty text with a problem."""
         from huggingface_hub.errors import HTTPError    # the HTTP library's own; no OSError
         client, start, first, request, ended = job
         for wait in [0] + [self.wait * 2 ** i for i in range(RETRIES)]:
@@ -377,12 +377,12 @@ class ServerWriter:
 
 
 class Written(str):
-    """A server's text, and what was wrong with its writing: it was cut, or refused."""
+    """A server's text, and its problem: it was cut, or the server refused to write it."""
     problem = ""
 
 
 def said_in(response: object) -> str:
-    """The reason in a server's refusal, cut to a line; a key that it repeats is left out."""
+    """The reason in a server's refusal, cut to a line and without the key."""
     try:
         body = response.text
         error = json.loads(body)

@@ -1,4 +1,4 @@
-"""When is an answer right? Scoring, the table of runs, one sample's story.
+"""When is an answer right? Scores answers, prints the table of runs and one sample's story.
 
     python evaluate.py runs/*                           # the table (--markdown, --json)
     python evaluate.py runs/NAME --sample sealtool-7    # what happened to one sample
@@ -81,7 +81,7 @@ def nearest(rivals: Sequence[frozenset], wanted: frozenset) -> frozenset:
 
 # --- The end of a run -----------------------------------------------------------------------------
 def join(run: Run) -> None:
-    """Write the run folder, and tell what came out."""
+    """Write the run folder, and print the result."""
     if not write_run(run, summarise(run.records)):
         print(f"{run.folder}: more samples are in it already; it is left as it is")
         run = read_run(run.folder)
@@ -99,7 +99,7 @@ HEAD = ["run", "n", "uncertain", "adapted", "no pair", "base", "after", "gain", 
 
 
 def summarise(records: Sequence[Record]) -> dict:
-    """A run's counts, shares in [0, 1] (without records none), and seconds by stage."""
+    """A run's counts, shares in [0, 1] (absent without records), and seconds by stage."""
     outcomes = Counter([r.outcome for r in records])
     fixed = sum([r.answer.exact and not r.base.exact for r in records])
     harmed = sum([r.base.exact and not r.answer.exact for r in records])
@@ -124,7 +124,7 @@ def summarise(records: Sequence[Record]) -> dict:
 
 
 def table(runs: Sequence[Run], markdown: bool = False) -> str:
-    """One line a run, and below what a reader must know; accuracies in percent, by `exact`."""
+    """One line for each run, and notes below; accuracies in percent, by `exact`."""
     rows, notes = [HEAD], {}                            # notes: a note -> the runs it is about
     for run in runs:
         name, s, config = printable(run.folder.resolve().name), summarise(run.records), run.config

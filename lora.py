@@ -2,8 +2,8 @@
 
     y_i = W x_i + (alpha / r) B_i A_i x_i
 
-The base layer is never written to: an adapter is two small float32 tensors beside it, and to
-reset is to drop them. Shapes as in model.py.
+The base layer is never written to: an adapter is two small float32 tensors beside it, and dropping
+them resets the model. Shapes as in model.py.
 """
 import json
 import math
@@ -44,8 +44,8 @@ def new_params(model: nn.Module, rank: int, generators: Sequence[torch.Generator
 
 @contextmanager
 def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[torch.Tensor]]:
-    """Within the block the model's layers have the adapters of `params` beside them; afterwards,
-    also after an exception, the original layers are back: this is the reset. Gives the tensors to
+    """Inside the block the model's layers have the adapters of `params` beside them. After it, even
+    after an exception, the original layers are back: this is the reset. Yields the tensors to
     train."""
     layers = dict(model.named_modules())
     if any(isinstance(layer, LoRALinear) for layer in layers.values()):
@@ -63,15 +63,15 @@ def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[to
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with a batch of adapters beside it: row i of the input uses adapter i, or all
-    rows use the only one."""
+    """A linear layer with a batch of adapters beside it. Row i of the input uses adapter i; a
+    single adapter serves all rows."""
 
     def __init__(self, base: nn.Linear, A: torch.Tensor, B: torch.Tensor, scale: float):
         super().__init__()
         self.base, self.A, self.B, self.scale = base, A, B, scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, new, in) -> (rows, new, out). The adapters multiply in the type of the base."""
+        """(rows, new, in) -> (rows, new, out). The adapters are cast to the type of x."""
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
         return torch.baddbmm(self.base(x), x @ A.mT, B.mT.expand(len(x), -1, -1), alpha=self.scale)
 

@@ -5,8 +5,8 @@
     for tau in 0.35 0.55 0.75; do python train.py --bench apibank --tau $tau; done      # H is kept
     torchrun --nproc-per-node 4 train.py --bench apibank  # four processes share the samples
 
-A run can be stopped at any moment: the same command goes on. This file reads downward: Algorithm 1,
-its parts H and T (G is in augment.py), the options, the program.
+You can stop a run at any moment; the same command continues it. This file reads downward: Algorithm
+1, its parts H and T (G is in augment.py), the options, the program.
 """
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ from uncertainty import PrefixCaches, score_candidates, softmax_difference
 # ------------------------------------------------------------------------------------ Algorithm 1
 
 def self_improve(samples: Sequence[Sample], config: Config, kept: Kept) -> list[Outcome]:
-    """Algorithm 1 for a batch of test samples (without labels), each a problem of its own."""
+    """Algorithm 1 for a batch of test samples without labels; each is treated on its own."""
     h = kept(assess, samples)                                       # l.2-3  l_n, u(x_i)
     if config.method == "base":
         return [Outcome(h[x.id]) for x in samples]
-    unsure = [x for x in samples if h[x.id].margin < config.tau]    # l.4    the others: certain
+    unsure = [x for x in samples if h[x.id].margin < config.tau]    # l.4    the others are certain
     g = kept(synthesize, unsure, h)                                 # l.5    K pairs (x', y')
     able = [x for x in unsure if g[x.id].pairs]
     t = kept(adapt, able, g)                                        # l.6-9  learn, answer, reset
@@ -57,7 +57,7 @@ def self_improve(samples: Sequence[Sample], config: Config, kept: Kept) -> list[
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one sample: its lines."""
+    """The lines of H, G and T for one sample."""
     h: Assessed
     g: Found | None = None              # None: nothing was written for it
     t: Adapted | None = None            # None: nothing was learnt for it
@@ -66,13 +66,13 @@ class Outcome:
 
 @dataclass
 class Agent:
-    """The frozen model M with the prefixes that it has read, its task, and who writes the pairs."""
+    """The frozen model M with its prefix caches, its task, and the writer of the pairs."""
     task: Task
     model: Qwen2
     tokenizer: Tokenizer
     prefixes: PrefixCaches
     writer: Callable                    # as augment.Writer
-    facts: dict[str, str]               # what a run depends on beside its options
+    facts: dict[str, str]               # what a run depends on besides its options
     batch: int                          # samples at a time
 
 
@@ -82,16 +82,16 @@ class Agent:
 class Assessed:
     """A line of H: how sure the model is of one sample, and its direct answer."""
     id: str
-    failed: str = ""                    # why nobody reads the numbers
+    failed: str = ""                    # why there are no scores; "" if there are
     request: str = ""
     candidates: dict[str, float] = field(default_factory=dict)      # action -> l_n, nats
     margin: float = 1.0                 # u(x), the softmax difference; where H has failed, 1
     prompt_tokens: int = 0
     text: str = ""                      # the direct answer
     ids: list[int] = field(default_factory=list)        # its tokens, without the end token
-    log_p: list[float] = field(default_factory=list)    # of each token chosen and the end, nats
-    entropy: list[float] = field(default_factory=list)  # of what each was chosen from, nats
-    seconds: float = 0.0                # the batch's time divided by its lines; by Kept
+    log_p: list[float] = field(default_factory=list)    # of each of its tokens and the end, nats
+    entropy: list[float] = field(default_factory=list)  # of the distribution at each of them, nats
+    seconds: float = 0.0                # the batch's time divided by its lines; set by Kept
 
 
 @stage("H", Assessed, "weights", "shape", "tokenizer", "numerics", "asks", "max_new_tokens")
@@ -118,11 +118,12 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Asse
 
 @dataclass
 class Adapted:
-    """A line of T: what learning one sample's pairs was like, and the answer after it."""
+    """A line of T: how one sample's pairs were learnt, and the adapted answer."""
     id: str
-    failed: str = ""                    # why the direct answer stands
-    losses: list[float] = field(default_factory=list)   # of each step up to the first not finite,
-    norms: list[float] = field(default_factory=list)    # nats a token; of the gradient, unclipped
+    failed: str = ""                    # why the direct answer is used; "" if it is not
+    # of each step, up to the first that is not finite
+    losses: list[float] = field(default_factory=list)   # nats a token
+    norms: list[float] = field(default_factory=list)    # of the gradient before it is clipped
     text: str = ""                      # the adapted answer
     trained_tokens: int = 0
     answer_tokens: int = 0
@@ -131,8 +132,8 @@ class Adapted:
 
 @stage("T", Adapted, "adapt", "rank", "alpha", "epochs", "lr", "seed")
 def adapt(agent: Agent, samples: Sequence[Sample], config: Config, g: Lines) -> list[Adapted]:
-    """T. All samples of a pass need equally many pairs, so this takes those that have as many as the
-    first; `Kept` calls it again with the others."""
+    """T. The samples of a pass need equally many pairs, so this takes those that have as many as
+    the first; `Kept` calls it again with the others."""
     alike = [x for x in samples if len(g[x.id].pairs) == len(g[samples[0].id].pairs)]
     lessons = []                        # each sample's pairs: x' and y'
     for x in alike:
@@ -141,13 +142,13 @@ def adapt(agent: Agent, samples: Sequence[Sample], config: Config, g: Lines) -> 
 
 
 Lesson = tuple[Sample, str]             # a sample x', and the answer y' to learn for it
-Example = tuple[list[int], list[int]]   # the same as token ids; the loss is on the answer's
+Example = tuple[list[int], list[int]]   # the ids of a prompt, and of an answer for the loss
 
 
 def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Lesson]],
           config: Config, params: Params | None = None) -> list[Adapted]:
-    """T for samples with equally many lessons: an adapter each (`params`, or fresh ones), its
-    answer, and the reset."""
+    """T for samples with equally many lessons: train an adapter for each (`params`, or fresh ones),
+    answer with it, and remove it."""
     model, tokenizer, rounds, lines = agent.model, agent.tokenizer, [], []
     for one_each in zip(*lessons):              # the first lesson of each sample, the second, ...
         chats = [agent.task.prompt(x) for x, _ in one_each]
@@ -175,12 +176,13 @@ def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Le
 
 def fine_tune(model: Qwen2, rounds: Sequence[tuple[list[Example], list[KVCache]]],
               tensors: list[torch.Tensor], config: Config) -> tuple[list, list]:
-    """T: train a batch of adapters, (rows, ...) each tensor, as independent problems in one pass.
-    A round is an example for each row, and the caches that these continue, if any; a step learns
-    one round. Gives each row's loss and gradient norm at each step, (rows, steps) each.
+    """T: train a batch of adapters as independent problems in one pass. Each tensor has a part for
+    each row, (rows, ...). A round holds one example for each row and the caches that these
+    continue, if any; a step learns one round. Returns each row's loss and gradient norm at each
+    step, (rows, steps) each.
 
-    AdamW is element by element, so one over the batch is as many optimizers as rows; a row that is
-    not finite stays so in its own tensors.
+    AdamW works element by element, so one optimizer for the batch equals one for each row. A row
+    that is not finite does not affect the others.
     """
     # paper: AdamW, lr 1e-4, cosine, 3 % warm-up, batch 1.
     # ours: no weight decay, gradients clipped to norm 1.
@@ -204,8 +206,8 @@ def fine_tune(model: Qwen2, rounds: Sequence[tuple[list[Example], list[KVCache]]
 
 def answer_loss(model: Qwen2, examples: Sequence[Example],
                 caches: Sequence[KVCache]) -> torch.Tensor:
-    """The mean of -log P of each row's answer tokens, nats, (rows,). caches: what the prompts
-    continue, if anything."""
+    """The mean of -log P of each row's answer tokens, nats, (rows,). caches: of what
+    stands before the prompts, if anything."""
     cache = KVCache.stack(caches) if caches else None
     hidden, losses = model([[*prompt, *answer[:-1]] for prompt, answer in examples], cache), []
     for row, (prompt, answer) in zip(hidden, examples):
@@ -218,7 +220,7 @@ def schedule(step: int, steps: int) -> float:
     """The share of the peak learning rate at a step (from 0): a linear warm-up, then a cosine."""
     # paper: 3 % of the steps warm up.
     # ours: the warm-up is rounded down. The usual scheduler rounds it up to a whole step of
-    # learning rate 0, which of five steps would be one that does nothing.
+    # learning rate 0, and then one of five steps does nothing.
     warm = int(0.03 * steps)
     if step < warm:
         return step / warm
@@ -231,7 +233,7 @@ RUN, HOW = "what to run", "how to run it"
 
 
 def option(default, phase: str, text: str, *choices: str):
-    """A field of Config with what its command-line flag needs to know."""
+    """A field of Config with what its command-line flag needs."""
     return field(default=default, metadata={"phase": phase, "help": text, "choices": choices})
 
 
@@ -297,7 +299,7 @@ class Config:
 # ------------------------------------------------------------------------------------ the program
 
 def exit_codes(main: Callable) -> Callable:
-    """A program's errors as one sentence and exit code 2; 130 when interrupted."""
+    """Print a program's error as one sentence and return 2; return 130 when it is interrupted."""
     @wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         try:
@@ -316,7 +318,7 @@ def exit_codes(main: Callable) -> Callable:
 
 @exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; gives its exit code."""
+    """Run the program; return its exit code."""
     config = fill_in(parse_args(argv))
     agent, samples = set_up(config)
     return run(agent, samples, config)
@@ -345,7 +347,7 @@ TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
 
 
-# options that a run's name need not tell
+# options that are not written into a run's name
 SILENT = ("bench", "model", "method", "seed", "batch", "checkpointing", "out", "device", "pack",
           "offline", "fresh")
 
@@ -384,8 +386,8 @@ CALLING = Task(data.call_prompt, data.call_names, call_start, '"',
 
 def set_up(config: Config, task: Task = CALLING,
            samples: Sequence[Sample] | None = None) -> tuple[Agent, list[Sample]]:
-    """Load samples (or take these) and the model, and say which; ValueError or OSError in one
-    sentence for what is not sound."""
+    """Load the samples (or take these) and the model, and say which. ValueError or OSError, in one
+    sentence, for bad input."""
     what = "bundled samples, not the benchmark" if config.data == "bundled" else "the real samples"
     what = f"{len(samples)} samples of its own" if samples else what
     print(f"{config.bench}: {config.model} on {what}; {config.device}, {config.dtype}   (--model, "
@@ -408,16 +410,16 @@ def set_up(config: Config, task: Task = CALLING,
     facts |= {**task.code, "writer": who, "samples": digest(samples), "numerics": config.dtype,
               "device": kind, "batch": batch, "torch": torch.__version__,
               "python": sys.version.split()[0]}
-    if config.dtype != "float32":       # then a batch of another size gives other numbers
+    if config.dtype != "float32":       # then the numbers depend on the batch size
         facts["numerics"] += f", {kind}, batch {batch}, torch {torch.__version__}"
     return Agent(task, me.model, me.tokenizer, me.prefixes, writer, facts, batch), samples
 
 
 def load_local(name: str, config: Config) -> tuple[LocalWriter, dict]:
     """A model with its tokenizer and caches, the agent's own or a teacher's; and the facts that
-    tell which it is: its weights, its config.json as it was read, its tokenizer."""
+    identify it: its weights, its config.json as it was read, its tokenizer."""
     if name == "tiny":
-        torch.set_num_threads(1)        # on matrices this small, more get in each other's way
+        torch.set_num_threads(1)        # on matrices this small more threads are slower
     folder = TINY if name == "tiny" else find_checkpoint(name, config.offline)
     pack = config.pack and config.device == "cpu" and name != "tiny"
     model = load_model(folder, config.device, getattr(torch, config.dtype), pack)
@@ -429,7 +431,7 @@ def load_local(name: str, config: Config) -> tuple[LocalWriter, dict]:
 
 def fitting(me: LocalWriter, task: Task, samples: Sequence[Sample], config: Config) -> int:
     """How many samples a GPU's free memory holds in training at once, by a count of what a layer
-    keeps for the backward pass. An estimate: where it is too large, `Kept` halves it."""
+    keeps for the backward pass. Where this estimate is too large, `Kept` halves it."""
     longest, c = 0, me.model.config
     for x in samples:
         system, rest = me.tokenizer.chat(task.prompt(x))
@@ -446,14 +448,14 @@ def fitting(me: LocalWriter, task: Task, samples: Sequence[Sample], config: Conf
 
 def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callable = self_improve,
         change: Callable[[Record], Record] | None = None) -> int:
-    """Improve this process's share of the samples in batches, then join; the exit code. change:
-    maps each record to the one that is written."""
+    """Improve this process's share of the samples in batches, then write the run; return the exit
+    code. change: maps each record to the one that is written."""
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     config = replace(config, out=run_folder(config, agent.facts))
     if config.fresh:
         forget(config, agent.facts)
     there, records = Kept(agent, config, computing=False), {}
-    for x in samples:                                   # those whose lines are all there
+    for x in samples:                                   # those whose lines are all on disk
         records |= improved([x], config, there, improve, change)
     share = [x for x in samples[process::processes] if x.id not in records]
     print(f"kept: {len(records)} of {len(samples)} samples; to compute: {len(share)}", flush=True)
@@ -478,7 +480,7 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callab
             path.unlink()
         raise ValueError("the base weights have changed: what this process kept was deleted")
     everybody = Kept(agent, config, computing=False, failures=True)
-    for x in samples:                                   # what other processes have kept
+    for x in samples:                                   # those of other processes
         if x.id not in records:
             records |= improved([x], config, everybody, improve, change)
     if code:
@@ -497,8 +499,8 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callab
 
 def improved(samples: Sequence[Sample], config: Config, kept: Kept, improve: Callable,
              change: Callable | None) -> dict[str, Record]:
-    """The records of samples, by id: their lines with the verdicts on the answers before and after,
-    which alone read the labels. {} where lines are not there and `kept` computes none."""
+    """The records of samples, by id: their lines, and the verdicts on the answers before and after.
+    Only the verdicts read the labels. {} if a line is missing and `kept` computes none."""
     unlabelled, task, records = [replace(x, answers=()) for x in samples], kept.agent.task, {}
     try:
         outcomes = improve(unlabelled, config, kept)

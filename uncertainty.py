@@ -20,15 +20,14 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
                      actions: Sequence[str], begun: str, end: str) -> torch.Tensor:
     """l_n = log P(a_n | x) in nats for each of N actions, (N,) float32 on the CPU, in one batch.
 
-    cache: the prompt but for its last tokens, which are `last`; it is left as it was. begun: how
-    the answer begins, up to the action. end: the character that ends an action; "": the turn ends.
+    cache: the prompt without its last tokens, which are `last`; it is not changed. begun: the
+    answer's text before the action. end: the character that ends an action; "": the turn ends.
     """
     # paper: a sum over the action's tokens (NLL).
-    # ours: the end of the name belongs to the action (else `get` wins over `get_user`, being its
-    # beginning), as the sum over all tokens that begin with a quotation mark. Which one of them
-    # it is (`"`, `",`, ...) depends on what the model means to write after it.
-    # A name that begins in punctuation joins the quotation mark before it into one token, so the
-    # two are encoded together; what all have in common of `begun` is read once.
+    # ours: the end belongs to the action; otherwise `get` always beats `get_user`. A name ends with
+    # a quotation mark, and the next token may be `"` or `",` or another, so their probabilities
+    # are added. `begun` and an action are encoded together, since the quotation mark and a name
+    # that begins with punctuation share a token; what all begin with is read once.
     start, *whole = [tokenizer.encode(begun + action) for action in ("", *actions)]
     shared = 0                                  # tokens that all have in common
     for column in zip(start, *whole):
@@ -50,22 +49,22 @@ def score_candidates(model: Qwen2, tokenizer: Tokenizer, cache: KVCache, last: S
 
 
 def softmax_difference(log_likelihoods: torch.Tensor) -> float:
-    """u = p_(1) - p_(2) in [0, 1] of the scores l_n (N,), nats; 1.0 where there is one candidate.
-    p is by Relative Softmax Scoring, p_n = exp(l_n - max_j l_j) / sum_k exp(l_k - max_j l_j).
+    """u = p_(1) - p_(2) in [0, 1] of the scores l_n (N,), nats. One candidate gives 1.0. p
+    comes from Relative Softmax Scoring, p_n = exp(l_n - max_j l_j) / sum_k exp(l_k - max_j l_j).
 
     softmax_difference(torch.tensor([0.7, 0.2, 0.1]).log()) -> 0.5
     """
     if len(log_likelihoods) == 1:
         return 1.0
-    p = log_likelihoods.double().softmax(-1)            # which subtracts the largest, as RSS does
+    p = log_likelihoods.double().softmax(-1)            # softmax subtracts the largest, like RSS
     first, second = p.topk(2).values.tolist()
     return first - second
 
 
 @dataclass
 class PrefixCaches:
-    """The KV caches of the last few prefixes that were read with the base weights, by their
-    token ids, within a memory bound: a long system turn serves many samples."""
+    """Recent KV caches of the base weights, found by their token ids, up to `max_bytes`: a long
+    system turn serves many samples."""
     model: Qwen2
     max_bytes: int = 2 << 30
     caches: OrderedDict[tuple[int, ...], KVCache] = field(default_factory=OrderedDict)
@@ -91,7 +90,7 @@ class PrefixCaches:
 
     @torch.no_grad()
     def read(self, ids: Sequence[int], rest: Sequence[int] = ()) -> KVCache:
-        """A cache that holds `ids`, and then `rest`, to be continued freely: it is a fork of the
+        """A cache that holds `ids`, and then `rest`. The caller may extend it: it is a fork of the
         kept one, which ends with `ids`."""
         key = tuple(ids)
         if key not in self.caches:

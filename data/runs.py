@@ -70,8 +70,8 @@ def code_digest(*functions: Callable) -> str:
 @cache
 def definitions(file: Path) -> dict[str, tuple[str, list[tuple[Path, str]]]]:
     """Each name that a file defines: its code, without docstrings, and the names in that code, as
-    (file, name). For `def f(x): return g(x)` in a.py: {"f": (code, [(a.py, "g"), (a.py, "x")])}; for
-    `from b import g`: {"g": ("", [(b.py, "g")])}. A file is read once."""
+    (file, name). A file is read once. For `def f(x): return g(x)` in a.py it is
+    {"f": (code, [(a.py, "g"), (a.py, "x")])}; for `from b import g` {"g": ("", [(b.py, "g")])}."""
     tree, found = ast.parse(file.read_text(encoding="utf-8")), {}
     for node in ast.walk(tree):
         is_block = isinstance(node, (ast.FunctionDef, ast.ClassDef))
