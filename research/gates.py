@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 import train
 from augment import synthesize
-from data import Sample
+from data.runs import Kept, Record
 from evaluate import exact_match
 from model import seeded
 from research.scores import SCORES, otsu, scores_of, threshold_between
-from train import Agent, Kept, Outcome, adapt, assess, lessons_of, option
+from research.stream import Samples
+from train import Agent, Outcome, adapt, assess, option
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class GateConfig(train.Config):
             raise ValueError(f"--budget {self.budget}: must be in [0, 1], without --threshold")
 
 
-def let_through(agent: Agent, samples: Sequence[Sample], config: GateConfig, kept: Kept) -> set:
-    """The ids of those to adapt to. A gate looks at H's lines of all samples, so H comes first."""
-    h, seen = {}, [sample.without_answers() for sample in samples]
+def let_through(agent: Agent, samples: Samples, config: GateConfig, kept: Kept) -> set:
+    """The ids of those to adapt to. A gate looks at H's lines of all samples, so H comes first; it
+    lets none through whose H failed."""
+    h, seen = {}, [replace(sample, answers=()) for sample in samples]
     for i in tqdm(range(0, len(seen), agent.batch), unit="batch", desc="H", dynamic_ncols=True):
-        h |= kept(train.H, seen[i:i + agent.batch], lambda xs: assess(agent, xs, config))
+        h |= kept(assess, seen[i:i + agent.batch])
+    h = {id: line for id, line in h.items() if not line.failed}
     unsure = {id for id in h if h[id].margin < config.tau}
-    if config.gate == "all":
+    if config.gate == "all" or not h:
         return set(h)
     if config.gate == "certain":
         return set(h) - unsure
@@ -56,7 +59,7 @@ def let_through(agent: Agent, samples: Sequence[Sample], config: GateConfig, kep
         def draw(id): return seeded(config.seed, id, "gate").initial_seed()
         return set(sorted(h, key=draw)[:len(unsure)])
     if config.gate == "oracle":                     # the only gate that reads a label
-        return {x.id for x in samples if not exact_match(h[x.id].text, x).exact}
+        return {x.id for x in samples if x.id in h and not exact_match(h[x.id].text, x).exact}
     values = scores_of(list(h.values()), agent.tokenizer)[config.gate_score].tolist()
     if config.budget:
         threshold = threshold_between(values, round(config.budget * len(values)))
@@ -66,30 +69,26 @@ def let_through(agent: Agent, samples: Sequence[Sample], config: GateConfig, kep
     return {id for id, value in zip(h, values) if not value <= threshold}       # NaN is above any
 
 
-def improve(agent: Agent, samples: Sequence[Sample], config: GateConfig, kept: Kept,
-            through: set[str]) -> list[Outcome]:
+def improve(samples: Samples, config: GateConfig, kept: Kept, through: set[str]) -> list[Outcome]:
     """Algorithm 1 with another line 4: `through` are the ids of those to adapt to."""
-    h = kept(train.H, samples, lambda xs: assess(agent, xs, config))
-    chosen = [x for x in samples if x.id in through]
-    g = kept(train.G, chosen, lambda xs: synthesize(agent.writer, xs, h, config))
-    able = [x for x in chosen if g[x.id].pairs]
-    lessons = {x.id: lessons_of(x, g[x.id]) for x in able}
-    t = kept(train.T, able, lambda xs: adapt(agent, xs, [lessons[x.id] for x in xs], config))
+    h = kept(assess, samples)
+    chosen = [x for x in samples if x.id in through and not h[x.id].failed]
+    g = kept(synthesize, chosen, h)
+    t = kept(adapt, [x for x in chosen if g[x.id].pairs], g)
     return [Outcome(h[x.id], g.get(x.id), t.get(x.id)) for x in samples]
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
-    config = train.choose(train.parse_args(argv, GateConfig, __doc__))
+    config = train.fill_in(train.parse_args(argv, GateConfig, __doc__))
     config = replace(config, uses_labels=config.gate == "oracle")
     agent, samples = train.set_up(config)
-    kept = Kept(config, agent.facts)
-    through = let_through(agent, samples, config, kept)
+    through = let_through(agent, samples, config, Kept(agent, config))
 
-    def mark(record):                               # by this gate, in place of tau
+    def mark(record: Record) -> Record:             # by this gate, in place of tau
         return replace(record, uncertain=record.id in through)
-    return train.run(agent, samples, config, kept, partial(improve, through=through), mark)
+    return train.run(agent, samples, config, partial(improve, through=through), mark)
 
 
 if __name__ == "__main__":

@@ -7,35 +7,34 @@
 like train.py is kept with train.py's lines. The answer stands in research/RESULTS.md, "What to
 learn?".
 """
-import hashlib
 import json
 import sys
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
 
-import augment
+import data
 import train
-from augment import (ASK_JOINT, JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, WAYS, Draft,
-                     Found, Pair, Prompt, Writer, asked, check_request, check_text, in_form_of,
-                     quoted, synthesize, write_call_first, write_each)
-from data import Sample, call_json, call_prompt, request_text, with_request
-from data.calls import Call, calls_key, parse_calls
+from augment import (ASK_JOINT, JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, Found, Pair,
+                     Prompt, Try, Writer, check_calls, check_request, synthesize, try_call_first,
+                     try_joint)
+from data import Sample, Task, call_prompt, request_text, with_request
+from data.calls import Call, as_json, call_keys, call_text, parse_calls
+from data.runs import Kept, Lines, digest, stage
 from lora import Params, adapters
-from model import Form, seeded
-from research import stream
-from research.stream import Looked, adapt_with
-from train import Adapted, Agent, Kept, Outcome, option
+from model import Blank, Form, seeded
+from research.stream import Looked, Samples, adapt_with, pairs_as_lessons
+from train import Adapted, Agent, Outcome, adapt, assess, learn, option
 
 ASK_SHOWN = """Write two requests that a user may make of these tools, and under each the tool \
 call that answers it. Both need the same tool, but the second is about other names, places, \
 numbers or dates, in other words."""
 SHOWN_START = '1. {request}\n{call}\n2. '
-SHOWN_FORM = Form(('"', '"\n', ""), ('"', "\n"))      # the request; the call, on one line
+SHOWN_FORM = Form('"', (Blank('"', '"\n'), Blank("\n", "")))      # the request; the call, on a line
 ASK_REQUEST = ASK_JOINT.partition("\n\n")[0]       # the requests without the calls
 LABELS, AGREE = 5, 2    # sampled answers to a request; so many of them make a label
 KL_TOKENS = 256         # the last of a request, over which the KL is taken
@@ -60,24 +59,35 @@ class LessonConfig(train.Config):
 
 # ---------------------------------------------------------- how pairs are written, which are kept
 
-def answers(writer: Writer, drafts: Sequence[Draft], attempt: int, config) -> list[list[str]]:
-    """For each draft, LABELS sampled answers to its request, which are noted as written."""
-    if not drafts:
+def written_for(writer: Writer, samples: Samples, ask: str, starts: Sequence[str],
+                form: Form, limit: int, attempt: int, config) -> list[str]:
+    """What the writer is asked for, for each sample, as augment.py draws it."""
+    prompts, keys = [], []
+    for x, start in zip(samples, starts):
+        chat = [call_prompt(x)[0], {"role": "user", "content": ask}]
+        prompts.append(Prompt(chat, start, form))
+        keys.append((config.seed, x.id, "pair", attempt))
+    return writer(prompts, limit, config.temperature, config.top_p, keys)
+
+
+def answers(writer: Writer, tries: Sequence[Try], attempt: int, config) -> list[list[str]]:
+    """For each try, LABELS sampled answers to its request, which are noted as written."""
+    if not tries:
         return []
     prompts, keys = [], []
-    for draft in drafts:
-        prompts += [Prompt(call_prompt(with_request(draft.sample, draft.request)))] * LABELS
-        keys += [(config.seed, draft.sample.id, "label", attempt, i) for i in range(LABELS)]
+    for made in tries:
+        prompts += [Prompt(call_prompt(with_request(made.sample, made.request)))] * LABELS
+        keys += [(config.seed, made.sample.id, "label", attempt, i) for i in range(LABELS)]
     written = iter(writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys))
-    texts = [list(islice(written, LABELS)) for _ in drafts]
-    for draft, own in zip(drafts, texts):
-        draft.written += own
+    texts = [list(islice(written, LABELS)) for _ in tries]
+    for made, own in zip(tries, texts):
+        made.written += own
     return texts
 
 
 def meaning(text: str, sample: Sample) -> Hashable:
     """Equal for texts that call the same."""
-    return calls_key(parse_calls(text).calls, sample.tools)
+    return frozenset(call_keys(parse_calls(text).calls, sample.tools).items())
 
 
 def majority(texts: Sequence[str], sample: Sample) -> list[str]:
@@ -88,159 +98,183 @@ def majority(texts: Sequence[str], sample: Sample) -> list[str]:
     return max(alike.values(), key=len, default=[])
 
 
-def write_request_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
-                        config) -> list[Draft]:
-    """A draft for each sample: a new request, and what at least AGREE of LABELS answers to it call
-    that fit the tools."""
-    prompts = [Prompt(asked(x, ASK_REQUEST), JOINT_START.format(request=request_text(x)))
-               for x in samples]
-    drafts = []
-    written = write_each(writer, samples, prompts, attempt, config, MAX_REQUEST_TOKENS)
-    for sample, text in zip(samples, written):
+def valid(texts: Sequence[str], sample: Sample) -> list[str]:
+    """Of these texts those whose calls fit the sample's tools."""
+    return [text for text in texts if not check_calls(parse_calls(text).calls, sample)]
+
+
+def try_request_first(writer: Writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
+    """A new request, and what at least AGREE of LABELS answers to it call that fit the tools."""
+    starts = [JOINT_START.format(request=h[x.id].request) for x in samples]
+    written, tries = written_for(writer, samples, ASK_REQUEST, starts, Form(), MAX_REQUEST_TOKENS,
+                                 attempt, config), []
+    for x, text in zip(samples, written):
         request = text.strip().partition("\n")[0].strip().removesuffix('"').strip()
-        drafts.append(Draft(sample, [text], request, "", check_request(request, sample)))
-    sound = [draft for draft in drafts if not draft.reason]
-    for draft, texts in zip(sound, answers(writer, sound, attempt, config)):
-        fitting = [text for text in texts if not check_text(text, draft.sample)]
-        agreeing = majority(fitting, draft.sample)
-        draft.text = agreeing[0] if agreeing else ""
+        tries.append(Try(x, [text], request, "", check_request(request, x, h[x.id].request)))
+    sound = [made for made in tries if not made.reason]
+    for made, texts in zip(sound, answers(writer, sound, attempt, config)):
+        agreeing = majority(valid(texts, made.sample), made.sample)
+        made.text = agreeing[0] if agreeing else ""
         if len(agreeing) < AGREE:
-            draft.reason = f"fewer than {AGREE} fitting calls agree"
-    return drafts
+            made.reason = f"fewer than {AGREE} fitting calls agree"
+    return tries
 
 
-def write_shown(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
-                config) -> list[Draft]:
+def try_shown(writer: Writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
     """As --pair joint, but the direct answer's first call stands under x: what is to be written is
     shown, where a small model does not follow what is said."""
-    prompts, drafts = [], []
-    for sample in samples:
-        line, request = h[sample.id], quoted(request_text(sample))
-        likeliest = max(line.candidates, key=line.candidates.get)
-        shown = (*parse_calls(line.text).calls, Call(likeliest))[0]
-        start = SHOWN_START.format(request=request, call=call_json(shown))
-        prompts.append(Prompt(asked(sample, ASK_SHOWN), start, SHOWN_FORM))
-    for sample, text in zip(samples, write_each(writer, samples, prompts, attempt, config)):
+    starts, tries = [], []
+    for line in [h[x.id] for x in samples]:
+        likeliest = Call(max(line.candidates, key=line.candidates.get))
+        call = as_json(asdict((*parse_calls(line.text).calls, likeliest)[0]))
+        starts.append(SHOWN_START.format(request=as_json(line.request), call=call))
+    written = written_for(writer, samples, ASK_SHOWN, starts, SHOWN_FORM,
+                          MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, attempt, config)
+    for x, text in zip(samples, written):
         request, _, call = text.partition("\n")
-        own = in_form_of(h[sample.id].text, parse_calls(call).calls)
-        draft = Draft(sample, [text], "", own, check_text(call, sample))
-        drafts.append(draft)
+        calls = parse_calls(call).calls
+        made = Try(x, [text], "", call_text(calls, like=h[x.id].text), check_calls(calls, x))
+        tries.append(made)
         try:
-            draft.request = " ".join(json.loads(request).split())
-            draft.reason = check_request(draft.request, sample) or draft.reason
+            made.request = " ".join(json.loads(request).split())
+            made.reason = check_request(made.request, x, h[x.id].request) or made.reason
         except ValueError:
-            draft.reason = "the request did not end"
-    return drafts
+            made.reason = "the request did not end"
+    return tries
 
 
-def write_of_two(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
-                 config) -> list[Draft]:
+def try_two(writer: Writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
     """As --pair call, but in turn for the likeliest and the second likeliest tool."""
     turned = {}
-    for sample in samples:
-        l = h[sample.id].candidates
+    for x in samples:
+        l = h[x.id].candidates
         name = sorted(l, key=l.get, reverse=True)[:2][attempt % min(2, len(l))]
-        turned[sample.id] = replace(h[sample.id], candidates={name: l[name]})
-    return write_call_first(writer, samples, turned, attempt, config)
+        turned[x.id] = replace(h[x.id], candidates={name: l[name]})
+    return try_call_first(writer, samples, turned, attempt, config)
 
 
-def write(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int, config) -> list[Draft]:
-    """Drafts as --pair says; those that --filter keeps have no reason against them."""
-    ways = {**WAYS, "request": write_request_first, "shown": write_shown, "two": write_of_two}
-    drafts = ways[config.pair](writer, samples, h, attempt, config)
-    if config.filter == "none":
-        for draft in drafts:
-            if draft.request and draft.text:
-                draft.reason = ""
-    if config.filter == "consistent":
-        sound = [draft for draft in drafts if not draft.reason]
-        for draft, texts in zip(sound, answers(writer, sound, attempt, config)):
-            meanings = [meaning(text, draft.sample) for text in texts]
-            if meanings.count(meaning(draft.text, draft.sample)) <= LABELS // 2:
-                draft.reason = "most answers to it call something else"
-    return drafts
+PAIRS = {"call": try_call_first, "joint": try_joint, "request": try_request_first,
+         "shown": try_shown, "two": try_two}
+
+
+def try_unchecked(writer: Writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
+    """As --pair says, but there is no reason against a request with any calls."""
+    tries = PAIRS[config.pair](writer, samples, h, attempt, config)
+    for made in tries:
+        if made.request and made.text:
+            made.reason = ""
+    return tries
+
+
+def try_consistent(writer: Writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
+    """As --pair says, and most sampled answers to the request call the same."""
+    tries = PAIRS[config.pair](writer, samples, h, attempt, config)
+    sound = [made for made in tries if not made.reason]
+    for made, texts in zip(sound, answers(writer, sound, attempt, config)):
+        meanings = [meaning(text, made.sample) for text in texts]
+        if meanings.count(meaning(made.text, made.sample)) <= LABELS // 2:
+            made.reason = "most answers to it call something else"
+    return tries
+
+
+FILTERS = {"none": try_unchecked, "consistent": try_consistent}
+
+
+def task_of(config: LessonConfig) -> Task:
+    """Calling tools, where pairs are written and kept as the options say. The code of the tries is
+    in the key of G: so it is the core's own task where the core does the same."""
+    if config.filter in FILTERS:
+        return replace(train.CALLING, tries={config.pair: FILTERS[config.filter]})
+    if config.pair in train.CALLING.tries:
+        return train.CALLING
+    return replace(train.CALLING, tries={config.pair: PAIRS[config.pair]})
+
+
+# ---------------------------------------------------------------------------- what is learnt of it
+
+def subject(sample: Sample, config: LessonConfig, everyone: Lines) -> Sample:
+    """For whom the pairs are written that a sample's adapter learns: itself, or another sample."""
+    if config.lesson != "unrelated":
+        return sample
+    others = [other for other in everyone.values() if other.id != sample.id]
+    draw = torch.randint(len(others), (), generator=seeded(config.seed, sample.id, "unrelated"))
+    return others[int(draw)]
+
+
+@stage("gold", Found, "everyone")
+def gold_pair(agent: Agent, samples: Samples, config: LessonConfig, h: Lines,
+              everyone: Lines) -> list[Found]:
+    """In place of G: each sample's own request and its label, in the form of its direct answer."""
+    texts = [call_text(everyone[x.id].answers, like=h[x.id].text) for x in samples]
+    return [Found(x.id, pairs=[Pair(request_text(x), text)]) for x, text in zip(samples, texts)]
+
+
+@stage("lessons", Looked, *adapt.stage.reads, "lesson", "measure_kl", "everyone")
+def learn_others(agent: Agent, samples: Samples, config: LessonConfig, g: Lines,
+                 everyone: Lines) -> list[Adapted]:
+    """T with other lessons, for those samples that have as many as the first; with the KL, for the
+    first alone."""
+    lessons = []
+    for x in samples:
+        other = subject(x, config, everyone)
+        own = pairs_as_lessons(other, g[other.id])
+        # of gold, the whole dialogue is learnt
+        lessons.append([(x, text) for _, text in own] if config.lesson == "gold" else own)
+    if config.measure_kl:
+        return [adapt_with(agent, samples[0], lessons[0], config, look=divergence)]
+    alike = [i for i, own in enumerate(lessons) if len(own) == len(lessons[0])]
+    return learn(agent, [samples[i] for i in alike], [lessons[i] for i in alike], config)
+
+
+@torch.no_grad()
+def divergence(agent: Agent, sample: Sample, params: Params, config: train.Config) -> dict:
+    """KL(adapted || base) in nats: the mean over the last tokens of the sample's prompt."""
+    chats, log_p = [call_prompt(sample)], []
+    for own in ({}, params):
+        caches, prompts = agent.prefixes.split(agent.tokenizer, chats, config.adapt)
+        with adapters(agent.model, own, config.alpha):
+            hidden = agent.model(prompts, caches[0] if caches else None)[0, -KL_TOKENS:]
+        log_p.append(agent.model.lm_head(hidden).float().log_softmax(-1))       # (tokens, vocab)
+    base, adapted = log_p
+    return {"kl": F.kl_div(base, adapted, log_target=True, reduction="batchmean").item()}
 
 
 # ------------------------------------------------------------------------------------ the program
 
-def another(sample: Sample, everyone: Sequence[Sample], seed: int) -> Sample:
-    """One of the other samples of the benchmark."""
-    others = [other for other in everyone if other.id != sample.id]
-    draw = torch.randint(len(others), (), generator=seeded(seed, sample.id, "unrelated"))
-    return others[int(draw)]
-
-
-@torch.no_grad()
-def divergence(agent: Agent, sample: Sample, params: Params, config: train.Config) -> float:
-    """KL(adapted || base) in nats: the mean over the last tokens of the sample's prompt."""
-    ids = train.acted_on(agent, call_prompt(sample), config)
-    cache = train.before_them(agent, [call_prompt(sample)], config)
-
-    def log_p() -> torch.Tensor:
-        hidden = agent.model(torch.tensor([ids], device=agent.model.device),
-                             cache.fork() if cache else None)
-        return agent.model.logits(hidden[0, -KL_TOKENS:]).log_softmax(-1)       # (tokens, V)
-    base = log_p()
-    with adapters(agent.model, params, config.alpha):
-        adapted = log_p()
-    return F.kl_div(base, adapted, log_target=True, reduction="batchmean").item()
-
-
-def stages(config: LessonConfig) -> tuple[train.Stage, train.Stage]:
-    """G and T of this configuration: the core's own where it does what the core does."""
-    g, t, this = train.G, train.T, sys.modules[__name__]
-    if config.lesson == "gold" or config.filter != "schema" or config.pair not in WAYS:
-        g = replace(g, reads=(*g.reads, "filter", "labels"), code=(augment, this))
-    if config.lesson != "self" or config.measure_kl:
-        t = replace(t, line=Looked, reads=(*t.reads, "lesson", "measure_kl"),
-                    code=(*t.code, this, stream))
-    return g, replace(t, after=g)
-
-
-def improve(agent: Agent, samples: Sequence[Sample], config: LessonConfig, kept: Kept,
-            everyone: Sequence[Sample]) -> list[Outcome]:
-    """Algorithm 1 with other lessons. everyone: all samples of the benchmark, with labels for
+def improve(samples: Samples, config: LessonConfig, kept: Kept, everyone: Lines) -> list[Outcome]:
+    """Algorithm 1 with other lessons. everyone: all samples of the benchmark by id, with labels for
     --lesson gold alone."""
-    g_stage, t_stage = stages(config)
-    h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
+    h = kept(assess, samples)
     unsure = [x for x in samples if h[x.id].margin < config.tau]
-    about = {x.id: x for x in unsure}               # whom each one's pairs are written for
-    if config.lesson == "unrelated":
-        about = {x.id: another(x, everyone, config.seed) for x in unsure}
+    about = {x.id: subject(x, config, everyone) for x in unsure}
     if config.lesson == "gold":
-        gold = {x.id: x.answers for x in everyone}
-        def own(x): return Pair(request_text(x), in_form_of(h[x.id].text, gold[x.id]))
-        g = kept(g_stage, unsure, lambda xs: [Found(x.id, [own(x)]) for x in xs])
-        lessons = {x.id: [(call_prompt(x), pair.text) for pair in g[x.id].pairs] for x in unsure}
+        g = kept(gold_pair, unsure, h, everyone)
     else:
-        subjects = list({y.id: y for y in about.values()}.values())     # two may draw the same
-        h |= kept(train.H, subjects, lambda xs: train.assess(agent, xs, config))
-        found = kept(g_stage, subjects, lambda xs: synthesize(agent.writer, xs, h, config, write))
-        g = {x.id: found[about[x.id].id] for x in unsure}
-        lessons = {x.id: train.lessons_of(about[x.id], g[x.id]) for x in unsure}
-
-    def learn(xs: list[Sample]) -> list[Adapted]:
-        def look(x, params): return {"kl": divergence(agent, x, params, config)}
-        if not config.measure_kl:
-            return train.adapt(agent, xs, [lessons[x.id] for x in xs], config)
-        return [adapt_with(agent, x, lessons[x.id], config, look=look) for x in xs]
-    t = kept(t_stage, [x for x in unsure if lessons[x.id]], learn)
+        others = list({y.id: y for y in about.values()}.values())       # two may draw the same
+        theirs = kept(assess, others)
+        g = kept(synthesize, [y for y in others if not theirs[y.id].failed], theirs)
+    found = {x.id: g.get(about[x.id].id) for x in unsure}
+    able = [x for x in unsure if found[x.id] and found[x.id].pairs]
+    if config.lesson == "self" and not config.measure_kl:
+        t = kept(adapt, able, g)
+    else:
+        t = kept(learn_others, able, g, everyone)
     extra = {id: line.seen for id, line in t.items() if config.measure_kl}
-    return [Outcome(h[x.id], g.get(x.id), t.get(x.id), extra.get(x.id, {})) for x in samples]
+    return [Outcome(h[x.id], found.get(x.id), t.get(x.id), extra.get(x.id, {})) for x in samples]
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
-    config = train.choose(train.parse_args(argv, LessonConfig, __doc__))
+    config = train.fill_in(train.parse_args(argv, LessonConfig, __doc__))
     config = replace(config, uses_labels=config.lesson == "gold")
-    agent, everyone = train.set_up(replace(config, limit=0))
-    samples = everyone[:config.limit or None]
+    agent, samples = train.set_up(config, task_of(config))
+    everyone = data.load(config.bench, config.data, config.offline)
     if not config.uses_labels:
-        everyone = [sample.without_answers() for sample in everyone]
-    agent.facts["labels"] = hashlib.sha256(repr(everyone).encode()).hexdigest()
-    kept = Kept(config, agent.facts)
-    return train.run(agent, samples, config, kept, partial(improve, everyone=everyone))
+        everyone = [replace(x, answers=()) for x in everyone]
+    agent.facts["everyone"] = digest(everyone)
+    everyone = Lines({x.id: x for x in everyone})
+    return train.run(agent, samples, config, partial(improve, everyone=everyone))
 
 
 if __name__ == "__main__":

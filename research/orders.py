@@ -10,15 +10,16 @@ puts the l_n into a record's extra["orders"], from which research/scores.py make
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 import train
-from data import Sample, call_prompt
+from data.runs import Kept, Lines, stage
 from model import seeded
-from train import Agent, Assessed, Kept, Outcome, Stage, option
-from uncertainty import answer_start, score_candidates
+from research.stream import Samples
+from train import Agent, Outcome, assess, option
+from uncertainty import score_candidates
 
 
 @dataclass(frozen=True)
@@ -31,45 +32,48 @@ class OrdersConfig(train.Config):
 class Ordered:
     """The candidates' scores of one sample under M orders."""
     id: str
-    orders: list[list[float]]           # (M, N) l_n, nats, in the order of the sample's own tools
-    seconds: float = 0.0
+    failed: str = ""
+    orders: list[list[float]] = field(default_factory=list)     # (M, N) l_n, nats, in the order of
+    seconds: float = 0.0                                        # the sample's own tools
 
 
-def reorder(agent: Agent, sample: Sample, h: Assessed, config: OrdersConfig) -> Ordered:
-    """l_n, after the same words, under up to --orders different orders. Lists of one length are
-    shuffled alike, so equal ones share their caches."""
-    n, rows = len(sample.tools), []
-    draw, orders = seeded(config.seed, "order", n), [list(range(n))]
-    while len(orders) < min(config.orders, math.factorial(n)):
-        order = torch.randperm(n, generator=draw).tolist()
-        if order not in orders:
-            orders.append(order)
-    for order in orders:
-        shuffled = replace(sample, tools=tuple(sample.tools[i] for i in order))
-        head, rest = agent.tokenizer.split_chat(call_prompt(shuffled))
-        l = score_candidates(agent.model, agent.tokenizer, agent.prefixes.read(head), rest,
-                             [tool["name"] for tool in shuffled.tools], answer_start(h.text))
-        rows.append(l[torch.tensor(order).argsort()].tolist())
-    return Ordered(sample.id, rows)
+@stage("orders", Ordered, "orders", "seed")
+def reorder(agent: Agent, samples: Samples, config: OrdersConfig, h: Lines) -> list[Ordered]:
+    """l_n of each sample, after the same words, under up to --orders different orders. Lists of one
+    length are shuffled alike, so equal ones share their caches."""
+    task, lines = agent.task, []
+    for x in samples:
+        n, rows = len(x.tools), []
+        draw, orders = seeded(config.seed, "order", n), [list(range(n))]
+        while len(orders) < min(config.orders, math.factorial(n)):
+            order = torch.randperm(n, generator=draw).tolist()
+            if order not in orders:
+                orders.append(order)
+        for order in orders:
+            shuffled = replace(x, tools=tuple(x.tools[i] for i in order))
+            chats = [task.prompt(shuffled)]
+            (cache,), (rest,) = agent.prefixes.split(agent.tokenizer, chats, "suffix")
+            l = score_candidates(agent.model, agent.tokenizer, cache, rest, task.actions(shuffled),
+                                 task.answer_start(h[x.id].text), task.action_end)
+            rows.append(l[torch.tensor(order).argsort()].tolist())
+        lines.append(Ordered(x.id, orders=rows))
+    return lines
 
 
-ORDERS = Stage("orders", Ordered, ("orders", "seed"), (reorder,), train.H)
-
-
-def improve(agent: Agent, samples: Sequence[Sample], config: OrdersConfig,
-            kept: Kept) -> list[Outcome]:
+def improve(samples: Samples, config: OrdersConfig, kept: Kept) -> list[Outcome]:
     """H, and its scores again under other orders."""
-    h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
-    o = kept(ORDERS, samples, lambda xs: [reorder(agent, x, h[x.id], config) for x in xs])
-    return [Outcome(h[x.id], extra={"orders": o[x.id].orders}) for x in samples]
+    h = kept(assess, samples)
+    o = kept(reorder, [x for x in samples if not h[x.id].failed], h)
+    extra = {id: {"orders": line.orders} for id, line in o.items()}
+    return [Outcome(h[x.id], extra=extra.get(x.id, {})) for x in samples]
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
-    config = train.choose(replace(train.parse_args(argv, OrdersConfig, __doc__), method="orders"))
+    config = train.fill_in(replace(train.parse_args(argv, OrdersConfig, __doc__), method="orders"))
     agent, samples = train.set_up(config)
-    return train.run(agent, samples, config, Kept(config, agent.facts), improve)
+    return train.run(agent, samples, config, improve)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.special import softmax
 
-from evaluate import Run, read_runs
-from research.scores import (areas, choices, cross_fitted, cumulative, reliability, risk_coverage,
-                             scores_of_run, wrong_and_gain)
+from data.runs import Run
+from research.scores import (areas, assessed_runs, choices, cross_fitted, cumulative, reliability,
+                             risk_coverage, scores_of_run, wrong_and_gain)
 from train import exit_codes
 
 BLACK, GREY, LIGHT = "0.0", "0.45", "0.8"
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--into", type=Path, default=Path("plots"), help="the folder for the files")
     args = parser.parse_args(argv)
-    for run in read_runs(args.runs):
+    for run in assessed_runs(args.runs):
         into = args.into / run.folder.name
         into.mkdir(parents=True, exist_ok=True)
         for name, (draw, title) in PICTURES.items():

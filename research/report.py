@@ -19,7 +19,8 @@ import numpy as np
 from scipy.stats import binomtest, norm, permutation_test
 
 from data.calls import Call, parse_calls
-from evaluate import Record, Run, printable, read_runs
+from data.runs import Record, Run, read_runs
+from evaluate import printable
 from research.scores import interval, meaning, show
 from train import exit_codes
 
@@ -35,8 +36,10 @@ def mean(values: Iterable[float]) -> float:
 def p_value(gains: Sequence[np.ndarray]) -> float:
     """The two-sided p of the gains of one or several benchmarks, their samples pooled: of one seed
     by McNemar's exact test; of several, which share their samples, by flipping the signs of each
-    sample's mean (all flips up to 13 that are not 0, else 9,999 at random)."""
-    pooled = np.concatenate([gain.mean(0) for gain in gains])
+    sample's mean (all flips up to 13 that are not 0, else 9,999 at random). Means over S seeds are
+    counted in integers, as multiples of 1 / S, so that equal sums of flips are equal."""
+    scale = math.lcm(*map(len, gains))
+    pooled = np.concatenate([gain.sum(0).astype(int) * (scale // len(gain)) for gain in gains])
     changed = pooled[pooled != 0]                   # flipping a 0 changes nothing
     if len(changed) < 2:                            # one alone may as well have had the other sign
         return 1.0
@@ -80,7 +83,7 @@ def pass_at(k: int, drawn: int, right: int) -> float:
 # --- Runs that belong together --------------------------------------------------------------------
 
 SEED = {"seed", "facts", "batch", "checkpointing", "out", "device", "pack", "offline", "fresh"}
-BENCH = {"bench", "data", "train_data"}     # in these, runs of one configuration may differ
+BENCH = {"bench", "data", "train_data", "samples"}  # in these, runs of one configuration may differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,25 +108,33 @@ def gained(r: Record) -> int:
 
 
 def settings(config: dict, without: set[str]) -> str:
-    """What a run depends on, as text."""
-    return json.dumps({key: config[key] for key in sorted(config.keys() - without)})
+    """What a run depends on, as text: its options, its code, and which samples and weights."""
+    facts = config.get("facts", {})
+    known = config | {"samples": facts.get("samples"), "weights": facts.get("weights")}
+    return json.dumps({key: known[key] for key in known.keys() - without}, sort_keys=True)
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """The runs with records, those together that differ in nothing but their seed."""
+    """The runs with records, those together that differ in nothing but their seed. ValueError if
+    two of them have the same seed."""
     together: dict[str, dict[int, Run]] = {}
     for run in runs:
         if run.records:
-            together.setdefault(settings(run.config, SEED), {})[run.config["seed"]] = run
+            own, seed = together.setdefault(settings(run.config, SEED), {}), run.config["seed"]
+            if seed in own:
+                raise ValueError(f"{own[seed].folder} and {run.folder} are runs of one "
+                                 f"configuration with the same seed, {seed}: leave one out")
+            own[seed] = run
     groups = []
     for own in together.values():
         run = next(iter(own.values()))
         seeds = [{record.id: record for record in run.records} for run in own.values()]
         ids = [id for id in seeds[0] if all(id in seed for seed in seeds)]
-        left_out = len(set().union(*seeds)) - len(ids)
+        left_out, of = len(set().union(*seeds)) - len(ids), run.config.get("samples", len(ids))
         bench, name = run.config["bench"], run.folder.name
         name = name.removeprefix(f"{bench}-").removesuffix(f"-s{run.config['seed']}")
         name += " (uses labels)" if run.config.get("uses_labels") else ""
+        name += f" ({len(ids)} of {of} samples)" if len(ids) < of else ""
         name += f" ({left_out} samples, which not all seeds have, left out)" if left_out else ""
         bench += ", bundled" if run.config["data"] == "bundled" else ""
         groups.append(Group(bench, printable(name), run.config,
@@ -171,9 +182,15 @@ def between(low: float, high: float, sign: str = "") -> str:
 KINDS = {"unparsable": "format", "wrong number of calls": "format", "wrong name": "name"}
 
 
+def lacking(reason: str) -> str:
+    """What a wrong answer lacks; its reason may say first that it was cut."""
+    parts = reason.split(": ")
+    return next((KINDS[part] for part in parts if part in KINDS), "argument")
+
+
 def acted(r: Record) -> bool:
-    """Whether the method did more for a sample than to answer it directly."""
-    return r.outcome not in ("certain", "direct")
+    """Whether the method did more for a sample than to answer it directly, or to fail in H."""
+    return r.margin is not None and r.outcome not in ("certain", "direct")
 
 
 def gains(groups: Sequence[Group], family: Sequence[Group]) -> dict:
@@ -211,8 +228,7 @@ def draw_seconds(group: Group, everybody: Sequence[Group]) -> float:
 def costs(groups: Sequence[Group], everybody: Sequence[Group]) -> dict:
     """What was fixed, by what the direct answer lacked, and what a sample costs."""
     records = [r for group in groups for r in group.records]
-    kinds = Counter(KINDS.get(r.base.reason.partition(":")[0], "argument") for r in records
-                    if gained(r) > 0)
+    kinds = Counter(lacking(r.base.reason) for r in records if gained(r) > 0)
     extra = [share([group], lambda r: sum(r.seconds.values()) - r.seconds["H"], of=acted)
              for group in groups]
     draws = [seconds / draw_seconds(group, everybody) for seconds, group in zip(extra, groups)]

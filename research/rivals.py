@@ -8,29 +8,27 @@
 model, adapted or not. Sampled answers stand in a record's extra["sampled"], for votes and pass@k.
 The answer stands in research/RESULTS.md, "Does anything cheaper do as well?".
 """
-import hashlib
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import torch
 
-import augment
 import data
 import train
-from augment import LocalWriter, Prompt, Writer, check_text, in_form_of, stands_in, synthesize
-from data import Sample, call_prompt, call_text, request_text, with_request
-from data.calls import Call, parse_calls, required_arguments
-from evaluate import Record, exact_match
+from augment import stands_in, synthesize
+from data import Sample, call_prompt, request_text
+from data.calls import Call, call_text, parse_calls, required_arguments
+from data.runs import Kept, Lines, Record, digest, stage
+from evaluate import exact_match
 from lora import Params, adapters
-from model import seeded
-from research import stream
-from research.lessons import majority
-from research.stream import Looked, adapt_with, answer_with, answered, fresh
-from train import Adapted, Agent, Kept, Outcome, Stage, option
+from model import generate, seeded
+from research.lessons import majority, valid
+from research.stream import Looked, Samples, adapt_with, answer_with, fresh, pairs_as_lessons
+from train import Adapted, Agent, Lesson, Outcome, adapt, answer_loss, assess, option, schedule
 from uncertainty import PrefixCaches
 
 RIVAL = "the rival"
@@ -62,26 +60,24 @@ class RivalConfig(train.Config):
             raise ValueError("--draws and --train-batch: must be 1 or more")
 
 
-Samples = Sequence[Sample]
+def direct(samples: Samples, config: RivalConfig, kept: Kept) -> tuple[Lines, list, list]:
+    """H, which every rival begins with, for whom it did not fail, and who of these is uncertain."""
+    h = kept(assess, samples)
+    there = [x for x in samples if not h[x.id].failed]
+    return h, there, [x for x in there if h[x.id].margin < config.tau]
 
 
-def direct(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> tuple[dict, list]:
-    """H, which every rival begins with, and who is uncertain."""
-    h = kept(train.H, samples, lambda xs: train.assess(agent, xs, config))
-    return h, [x for x in samples if h[x.id].margin < config.tau]
-
-
-def outcomes(samples: Samples, h: dict, g: dict, t: dict, s: dict) -> list[Outcome]:
-    """Each sample's lines of H, G and T, and its sampled answers, where it has them."""
+def outcomes(samples: Samples, h: dict, t: dict, g: dict, s: dict) -> list[Outcome]:
+    """Each sample's lines of H, T and G, and its sampled answers, where it has them."""
     extra = {id: {"sampled": asdict(line)} for id, line in s.items()}
     return [Outcome(h[x.id], g.get(x.id), t.get(x.id), extra.get(x.id, {})) for x in samples]
 
 
-def prune(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
+def prune(samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
     """The direct answer without its optional arguments whose value nobody spelled: what most pairs
     teach, as a rule and without a pass."""
-    (h, _), t = direct(agent, samples, config, kept), {}
-    for x in samples:
+    (h, there, _), t = direct(samples, config, kept), {}
+    for x in there:
         dialogue = "\n".join(message["content"] for message in x.messages)
         required = {tool["name"]: required_arguments(tool) for tool in x.tools}
         calls, spoken = parse_calls(h[x.id].text).calls, []
@@ -91,8 +87,8 @@ def prune(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> li
                 key: value for key, value in call.arguments.items()
                 if key in needed or stands_in(value, dialogue)}))
         if spoken != list(calls):
-            t[x.id] = answered(x, in_form_of(h[x.id].text, spoken))
-    return outcomes(samples, h, {}, t, {})
+            t[x.id] = Adapted(x.id, text=call_text(spoken, like=h[x.id].text))
+    return outcomes(samples, h, t, {}, {})
 
 
 # --------------------------------------------------------------------------------- sampled answers
@@ -101,145 +97,161 @@ def prune(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> li
 class Sampled:
     """The sampled answers of one sample."""
     id: str
-    texts: list[str]
+    failed: str = ""
+    texts: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
-def draw(writer: Writer, samples: Samples, config: RivalConfig) -> list[Sampled]:
-    """--draws sampled answers to the usual prompt, each from a generator of its own."""
-    prompts = [Prompt(call_prompt(x)) for x in samples for _ in range(config.draws)]
+@stage("S", Sampled, *assess.stage.reads, "draws", "temperature", "top_p", "seed")
+def draw(agent: Agent, samples: Samples, config: RivalConfig,
+         prefixes: PrefixCaches | None = None) -> list[Sampled]:
+    """--draws sampled answers to the usual prompt, each from a generator of its own. prefixes: what
+    the model has read, if adapters act on it."""
+    chats = [call_prompt(x) for x in samples for _ in range(config.draws)]
     keys = [(config.seed, x.id, "sample", i) for x in samples for i in range(config.draws)]
-    texts = iter(writer(prompts, config.max_new_tokens, config.temperature, config.top_p, keys))
-    return [Sampled(x.id, list(islice(texts, config.draws))) for x in samples]
+    caches, last = (prefixes or agent.prefixes).split(agent.tokenizer, chats, "last")
+    rows = iter(generate(agent.model, agent.tokenizer, last, config.max_new_tokens, caches,
+                         config.temperature, config.top_p, keys))
+    return [Sampled(x.id, texts=[row.text for row in islice(rows, config.draws)]) for x in samples]
 
 
-SAMPLED = Stage("S", Sampled, ("draws", "temperature", "top_p", "seed"), (augment, draw), train.H)
-
-
-def sampled(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> dict[str, Sampled]:
-    """`draw` from the base model, kept."""
-    writer = LocalWriter(agent.model, agent.tokenizer, agent.prefixes)
-    return kept(SAMPLED, samples, lambda xs: draw(writer, xs, config))
-
-
-def vote(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
+def vote(samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
     """Self-consistency (Wang et al. 2023): the majority."""
-    h, unsure = direct(agent, samples, config, kept)
-    s = sampled(agent, unsure, config, kept)
-    t = {x.id: answered(x, majority(s[x.id].texts, x)[0]) for x in unsure}
-    return outcomes(samples, h, {}, t, s)
+    (h, _, unsure), t = direct(samples, config, kept), {}
+    s = kept(draw, unsure)
+    for x in unsure:
+        for text in majority(s[x.id].texts, x)[:1]:
+            t[x.id] = Adapted(x.id, text=text)
+    return outcomes(samples, h, t, {}, s)
 
 
-def retry(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
+def retry(samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
     """The first sampled answer that fits the tools, where the direct one does not."""
-    h, _ = direct(agent, samples, config, kept)
-    misfits, t = [x for x in samples if check_text(h[x.id].text, x)], {}
-    s = sampled(agent, misfits, config, kept)
+    (h, there, _), t = direct(samples, config, kept), {}
+    misfits = [x for x in there if not valid([h[x.id].text], x)]
+    s = kept(draw, misfits)
     for x in misfits:
-        fitting = [text for text in s[x.id].texts if not check_text(text, x)]
-        t[x.id] = answered(x, [*fitting, h[x.id].text][0])
-    return outcomes(samples, h, {}, t, s)
+        t[x.id] = Adapted(x.id, text=[*valid(s[x.id].texts, x), h[x.id].text][0])
+    return outcomes(samples, h, t, {}, s)
 
 
-def draw_adapted(agent: Agent, config: RivalConfig, sample: Sample, params: Params) -> dict:
+def draw_adapted(agent: Agent, x: Sample, params: Params, config: RivalConfig) -> dict:
     """A sample's sampled answers by the model with an adapter, and the seconds."""
     # what an adapter reads is not for theta_0; with suffix, theta_0 has read the tools for it
     prefixes = agent.prefixes if config.adapt == "suffix" else PrefixCaches(agent.model)
     start = time.perf_counter()
     with adapters(agent.model, params, config.alpha):
-        line, = draw(LocalWriter(agent.model, agent.tokenizer, prefixes), [sample], config)
+        line, = draw(agent, [x], config, prefixes)
     return asdict(replace(line, seconds=time.perf_counter() - start))
 
 
-VOTED = replace(train.T, line=Looked, reads=(*train.T.reads, *SAMPLED.reads),
-                code=(*train.T.code, adapt_with, draw, draw_adapted))
+@stage("T+S", Looked, *adapt.stage.reads, *draw.stage.reads)
+def adapt_and_draw(agent: Agent, samples: Samples, config: RivalConfig, g: Lines) -> list[Looked]:
+    """T of the first sample, and sampled answers of its adapted model."""
+    lessons = pairs_as_lessons(samples[0], g[samples[0].id])
+    return [adapt_with(agent, samples[0], lessons, config, look=draw_adapted)]
 
 
-def then_vote(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
+def then_vote(samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
     """Algorithm 1, and sampled answers of each sample's own model, adapted or not."""
-    h, unsure = direct(agent, samples, config, kept)
-    unsure = unsure if config.method != "base" else []
-    g = kept(train.G, unsure, lambda xs: synthesize(agent.writer, xs, h, config))
-    able = [x for x in unsure if g[x.id].pairs]
-    lessons = {x.id: train.lessons_of(x, g[x.id]) for x in able}
-    look = partial(draw_adapted, agent, config)
-    t = kept(VOTED, able, lambda xs: [adapt_with(agent, x, lessons[x.id], config, look=look)
-                                      for x in xs])
+    h, there, unsure = direct(samples, config, kept)
+    if config.method == "base":
+        unsure = []
+    g = kept(synthesize, unsure, h)
+    t = kept(adapt_and_draw, [x for x in unsure if g[x.id].pairs], g)
     s = {id: Sampled(**line.seen) for id, line in t.items() if line.seen}
-    t |= {id: replace(t[id], seconds=t[id].seconds - s[id].seconds) for id in s}
-    s |= sampled(agent, [x for x in samples if x.id not in s], config, kept)
-    return outcomes(samples, h, g, t, s)
+    for id in s:
+        t[id] = replace(t[id], seconds=t[id].seconds - s[id].seconds)
+    s |= kept(draw, [x for x in there if x.id not in s])
+    return outcomes(samples, h, t, g, s)
 
 
 # ----------------------------------------------------------------------------------- other prompts
 
-def with_examples(sample: Sample, examples: Sequence[tuple[Sample, str]]) -> list[dict]:
+def answer_chats(agent: Agent, samples: Samples, config: RivalConfig,
+                 chats: Sequence[list[dict]]) -> list[Adapted]:
+    """The base model's greedy answers to other prompts; they continue the tools' caches."""
+    return answer_with(agent, samples, {}, replace(config, adapt="suffix"), chats)
+
+
+def with_examples(x: Sample, examples: Sequence[Lesson]) -> list[dict]:
     """The sample's prompt with other requests and their answers as turns before its own. The tools
     of those are not shown."""
-    system, *request = call_prompt(sample)
+    system, *request = call_prompt(x)
     turns = []
     for shown, text in examples:
         turns += [*call_prompt(shown)[1:], {"role": "assistant", "content": text}]
     return [system, *turns, *request]
 
 
-def ask(agent: Agent, samples: Samples, chats: dict[str, list[dict]], config: RivalConfig,
-        kept: Kept, after: Stage) -> dict[str, Adapted]:
-    """The base model's greedy answers to other prompts than the usual ones, kept."""
-    stage = Stage(config.method, Adapted, ("k", "seed", "split"), (sys.modules[__name__], stream),
-                  after)
-    suffix = replace(config, adapt="suffix")        # so they continue the tools' caches
-    return kept(stage, samples, lambda xs: answer_with(agent, xs, {}, suffix, chats))
+@stage("again", Adapted)
+def answer_again(agent: Agent, samples: Samples, config: RivalConfig, h: Lines) -> list[Adapted]:
+    """The answers after the direct one was shown."""
+    chats = []
+    for x in samples:
+        chats.append([*call_prompt(x), {"role": "assistant", "content": h[x.id].text},
+                      {"role": "user", "content": ASK_AGAIN}])
+    return answer_chats(agent, samples, config, chats)
 
 
-def again(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
+def again(samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
     """The cheapest second look: it shows the model its direct answer, and asks once more."""
-    (h, unsure), chats = direct(agent, samples, config, kept), {}
-    for x in unsure:
-        chats[x.id] = [*call_prompt(x), {"role": "assistant", "content": h[x.id].text},
-                       {"role": "user", "content": ASK_AGAIN}]
-    return outcomes(samples, h, {}, ask(agent, unsure, chats, config, kept, train.H), {})
+    h, _, unsure = direct(samples, config, kept)
+    return outcomes(samples, h, kept(answer_again, unsure, h), {}, {})
 
 
-def told(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
-    """A sentence in the prompt says what most pairs teach."""
-    (h, _), chats = direct(agent, samples, config, kept), {}
+@stage("told", Adapted, *assess.stage.reads)
+def answer_told(agent: Agent, samples: Samples, config: RivalConfig) -> list[Adapted]:
+    """The answers where a sentence in the prompt says what most pairs teach."""
+    chats = []
     for x in samples:
         *before, last = call_prompt(x)
-        chats[x.id] = [*before, {**last, "content": f"{last['content']}\n\n{LEAVE_OUT}"}]
-    return outcomes(samples, h, {}, ask(agent, samples, chats, config, kept, train.H), {})
+        chats.append([*before, {**last, "content": f"{last['content']}\n\n{LEAVE_OUT}"}])
+    return answer_chats(agent, samples, config, chats)
 
 
-def tticl(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
+@stage("tticl", Adapted)
+def answer_after_pairs(agent: Agent, samples: Samples, config: RivalConfig,
+                       g: Lines) -> list[Adapted]:
+    """The answers after each sample's own pairs."""
+    chats = [with_examples(x, pairs_as_lessons(x, g[x.id])) for x in samples]
+    return answer_chats(agent, samples, config, chats)
+
+
+def tticl(samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
     """TT-ICL, the paper's variant of Algorithm 1 without training: pairs as examples."""
-    (h, unsure), chats = direct(agent, samples, config, kept), {}
-    g = kept(train.G, unsure, lambda xs: synthesize(agent.writer, xs, h, config))
-    able = [x for x in unsure if g[x.id].pairs]
-    for x in able:
-        pairs = [(with_request(x, pair.request), pair.text) for pair in g[x.id].pairs]
-        chats[x.id] = with_examples(x, pairs)
-    return outcomes(samples, h, g, ask(agent, able, chats, config, kept, train.G), {})
+    h, _, unsure = direct(samples, config, kept)
+    g = kept(synthesize, unsure, h)
+    t = kept(answer_after_pairs, [x for x in unsure if g[x.id].pairs], g)
+    return outcomes(samples, h, t, g, {})
 
 
-def icl(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept,
-        split: Samples) -> list[Outcome]:
-    """K labelled examples of the training split, drawn for each sample."""
-    (h, _), chats = direct(agent, samples, config, kept), {}
+# ------------------------------------------------------------------------------ the training split
+
+class Split(Lines):
+    """The labelled samples of --train-data by id, and the adapter that learnt them, once it did."""
+    adapter: Params | None = None
+
+
+@stage("icl", Adapted, *assess.stage.reads, "k", "seed", "split")
+def answer_after_examples(agent: Agent, samples: Samples, config: RivalConfig,
+                          split: Split) -> list[Adapted]:
+    """The answers after K labelled examples of the split, drawn for each sample."""
+    labelled, chats = list(split.values()), []
     for x in samples:
         order = torch.randperm(len(split), generator=seeded(config.seed, x.id, "icl")).tolist()
-        examples = [split[i] for i in order[:config.k]]
-        chats[x.id] = with_examples(x, [(one, call_text(one.answers)) for one in examples])
-    return outcomes(samples, h, {}, ask(agent, samples, chats, config, kept, train.H), {})
+        drawn = [labelled[i] for i in order[:config.k]]
+        chats.append(with_examples(x, [(one, call_text(one.answers)) for one in drawn]))
+    return answer_chats(agent, samples, config, chats)
 
-
-# ------------------------------------------------------------------------------------- the program
 
 def supervised(agent: Agent, split: Samples, config: RivalConfig) -> Params:
     """One adapter, trained on shuffled batches of the split. RuntimeError if it diverges."""
     examples, steps = [], []
     for x in split:
+        system, rest = agent.tokenizer.chat(call_prompt(x))
         answer = [*agent.tokenizer.encode(call_text(x.answers)), agent.tokenizer.im_end]
-        examples.append((agent.tokenizer.chat(call_prompt(x)), answer))
+        examples.append((system + rest, answer))
     for epoch in range(config.epochs):
         order = torch.randperm(len(split), generator=seeded(config.seed, "sft", epoch))
         steps += order.split(config.train_batch)
@@ -250,37 +262,49 @@ def supervised(agent: Agent, split: Samples, config: RivalConfig) -> Params:
         for step, batch in enumerate(steps):
             optimizer.zero_grad()
             own = [examples[i] for i in batch.tolist()]
-            train.answer_loss(agent.model, own, None).mean().backward()
+            answer_loss(agent.model, own, []).mean().backward()
             torch.nn.utils.clip_grad_norm_(tensors, 1.0, error_if_nonfinite=True)
-            optimizer.param_groups[0]["lr"] = config.lr * train.schedule(step, len(steps))
+            optimizer.param_groups[0]["lr"] = config.lr * schedule(step, len(steps))
             optimizer.step()
     return params
 
 
-def sft(agent: Agent, samples: Samples, config: RivalConfig, kept: Kept, trained) -> list[Outcome]:
-    """Answers of the one adapter, `trained()`. Its training counts as time of the first batch."""
-    (h, _), full = direct(agent, samples, config, kept), replace(config, adapt="full")
-    stage = replace(train.T, name="sft", reads=(*train.T.reads, "split", "train_batch", "seed"),
-                    code=(*train.T.code, supervised, stream), after=train.H)
-    t = kept(stage, samples, lambda xs: answer_with(agent, xs, trained(), full))
-    return outcomes(samples, h, {}, t, {})
+@stage("sft", Adapted, *assess.stage.reads, "rank", "alpha", "epochs", "lr", "train_batch", "seed",
+       "split")
+def answer_supervised(agent: Agent, samples: Samples, config: RivalConfig,
+                      split: Split) -> list[Adapted]:
+    """The answers of the one adapter. Its training counts as time of the first batch."""
+    if split.adapter is None:
+        try:
+            split.adapter = supervised(agent, list(split.values()), config)
+        except (OverflowError, torch.OutOfMemoryError) as error:    # it is not these samples'
+            raise ValueError(f"--train-data: {error}") from error
+    return answer_with(agent, samples, split.adapter, replace(config, adapt="full"))
 
 
-RIVALS = {"prune": prune, "told": told, "vote": vote, "retry": retry, "again": again,
-          "tticl": tticl, "icl": icl, "sft": sft}
+# ------------------------------------------------------------------------------------- the program
+
+def for_all(samples: Samples, config: RivalConfig, kept: Kept, answer: Callable,
+            seen: Sequence[Lines] = ()) -> list[Outcome]:
+    """The answers of a stage to every sample, in place of the direct ones."""
+    h, there, _ = direct(samples, config, kept)
+    return outcomes(samples, h, kept(answer, there, *seen), {}, {})
 
 
-def judged(record: Record, samples: Samples, agent: Agent) -> Record:
+RIVALS = {"prune": prune, "told": partial(for_all, answer=answer_told), "vote": vote,
+          "retry": retry, "again": again, "tticl": tticl,
+          "icl": partial(for_all, answer=answer_after_examples),
+          "sft": partial(for_all, answer=answer_supervised)}
+
+
+def judged(record: Record, samples: dict[str, Sample]) -> Record:
     """The record with verdicts on sampled answers, for which this takes the label, and costs."""
     line = record.extra.get("sampled")
     if not line:
         return record
-    sample = next(x for x in samples if x.id == record.id)
-    tokens = sum(len(agent.tokenizer.encode(text)) for text in line["texts"])
-    return replace(
-        record, extra={"sampled": [asdict(exact_match(text, sample)) for text in line["texts"]]},
-        seconds={**record.seconds, "sampled": line["seconds"]},
-        tokens={**record.tokens, "sampled": tokens})
+    verdicts = [asdict(exact_match(text, samples[record.id])) for text in line["texts"]]
+    return replace(record, extra={"sampled": verdicts},
+                   seconds={**record.seconds, "sampled": line["seconds"]})
 
 
 @train.exit_codes
@@ -288,20 +312,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
     config = train.parse_args(argv, RivalConfig, __doc__)
     # a rival is a method: so it is called in config.json and in the run folder's name
-    config = train.choose(replace(config, method=config.rival or config.method, rival=""))
-    agent, tested = train.set_up(replace(config, limit=0))
-    samples = tested[:config.limit or None]
+    config = train.fill_in(replace(config, method=config.rival or config.method, rival=""))
+    agent, samples = train.set_up(config)
     split = data.load(config.bench, config.train_data) if config.train_data else []
-    agent.facts["split"] = hashlib.sha256(repr(split).encode()).hexdigest()
+    tested = data.load(config.bench, config.data, config.offline)       # with those past --limit
     if shared := {request_text(x) for x in split} & {request_text(x) for x in tested}:
         raise ValueError(f"--train-data: {len(shared)} of its requests are test samples")
+    agent.facts["split"] = digest(split)
     improve = then_vote if config.then_vote else RIVALS[config.method]
-    if config.method == "icl":
-        improve = partial(icl, split=split)
-    if config.method == "sft":
-        improve = partial(sft, trained=cache(partial(supervised, agent, split, config)))
-    judge = partial(judged, samples=samples, agent=agent)
-    return train.run(agent, samples, config, Kept(config, agent.facts), improve, judge)
+    if config.train_data:
+        improve = partial(improve, seen=[Split({x.id: x for x in split})])
+    judge = partial(judged, samples={x.id: x for x in samples})
+    return train.run(agent, samples, config, improve, judge)
 
 
 if __name__ == "__main__":

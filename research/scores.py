@@ -11,6 +11,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_curve
 
 from augment import stands_in
-from data.calls import calls_key, parse_calls
-from evaluate import Record, Run, printable, read_runs
-from model import Tokenizer, find_checkpoint, seeded
+from data.calls import call_keys, parse_calls
+from data.chat import Tokenizer
+from data.runs import Record, Run, read_runs
+from evaluate import printable
+from model import find_checkpoint, seeded
 from train import TINY, exit_codes
 from uncertainty import softmax_difference
 
@@ -55,7 +58,7 @@ def answer_parts(tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, list[int
 def meaning(text: str) -> Hashable:
     """What an answer says, for votes. A record holds no tools, so an argument left out and one with
     its default's value differ here."""
-    return calls_key(parse_calls(text).calls, ())
+    return frozenset(call_keys(parse_calls(text).calls, ()).items())
 
 
 def of_candidates(l: np.ndarray) -> dict[str, float]:
@@ -78,8 +81,8 @@ def of_answer(log_p: np.ndarray, entropy: np.ndarray) -> dict[str, float]:
 
 
 def scores_of_line(line, tokenizer: Tokenizer | None = None) -> dict[str, float]:
-    """Each score whose data a line of H (train.Assessed) or of a run (evaluate.Record) holds. A new
-    score is a line here."""
+    """Each score whose data a line of H (train.Assessed) or of a run (data.runs.Record) holds. A
+    new score is a line here."""
     l, log_p = np.array(list(line.candidates.values()), float), np.array(line.log_p)
     entropy, extra, parts = np.array(line.entropy), getattr(line, "extra", {}), {}
     scores = of_candidates(l)
@@ -346,14 +349,27 @@ def tables(run: Run) -> dict[str, list[dict]]:
         f"Qini is {area}, in points over a random gate": judge_gate(run, scores[gate])}
 
 
+def assessed_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs with records, without those whose H failed: these have no margin. It says how many
+    they are."""
+    found = []
+    for run in read_runs(folders):
+        there = [record for record in run.records if record.margin is not None]
+        if len(there) < len(run.records):
+            print(f"{printable(run.folder.name)}: H failed for {len(run.records) - len(there)} of "
+                  f"{len(run.records)} samples; they are left out.\n")
+        if there:
+            found.append(replace(run, records=there))
+    return found
+
+
 @exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    for run in read_runs(parser.parse_args(argv).runs):
-        if run.records:
-            show(tables(run))
+    for run in assessed_runs(parser.parse_args(argv).runs):
+        show(tables(run))
     return 0
 
 

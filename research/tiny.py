@@ -20,7 +20,7 @@ import math
 import re
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -31,12 +31,12 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from augment import ASK_JOINT, ASK_PAIR, JOINT_START, PAIR_START, asked, quoted
-from data import (ASK_CALL, SYSTEM, call_json, call_prompt, call_text, parse_sample,
-                  request_text)
-from data.calls import required_arguments
-from model import ModelConfig, Qwen2, Tokenizer, pad
-from uncertainty import ANSWER_START
+from augment import ASK_JOINT, ASK_PAIR, JOINT_START, PAIR_START
+from data import ASK_CALL, SYSTEM, Sample, call_prompt, request_text
+from data.calls import CALL_START, as_json, call_text, required_arguments
+from data.chat import Tokenizer
+from data.formats import parse_item
+from model import ModelConfig, Qwen2
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "data" / "tiny"           # its config.json says what shape the model has
@@ -496,10 +496,10 @@ def fixed_text() -> list[str]:
     before, after = SYSTEM.split("{tools}")
     return ["system\n" + before, after, "user\n", "assistant\n", ASK_CALL, ASK_CALL.strip(),
             ASK_PAIR, ASK_JOINT, '1. "', '"\n2. "', '1. {"name": "', '"\n2. {"name": "', '}}\n"',
-            ANSWER_START,
-            '", "arguments": {', "}}\n</tool_call>", '{"name": "', '", "description": "',
-            '", "parameters": {', '": {"type": "', '", "required": true}', '", "required": false}',
-            '"}}}', '"}, "', '}, "required": [', "<tool_response>\n", "\n</tool_response>"]
+            CALL_START, '", "arguments": {', "}}\n</tool_call>", '{"name": "',
+            '", "description": "', '", "parameters": {', '": {"type": "', '", "required": true}',
+            '", "required": false}', '"}}}', '"}, "', '}, "required": [', "<tool_response>\n",
+            "\n</tool_response>"]
 
 
 def make_tokenizer(folder: Path, vocabulary: int, seed: int) -> Tokenizer:
@@ -508,7 +508,7 @@ def make_tokenizer(folder: Path, vocabulary: int, seed: int) -> Tokenizer:
     fixed, texts = re.compile("|".join(re.escape(text) for text in longest_first)), []
     for bench in BENCHES:
         for item in generate(bench, "train", seed, 4000, vague=0.0):
-            sample = parse_sample(item, "train", "research.tiny")
+            sample = Sample("train", *parse_item(item))
             prompt = "".join(f"{m['role']}\n{m['content']}" for m in call_prompt(sample))
             texts += fixed.split(prompt + call_text(sample.answers))
     bpe = tokenizers.Tokenizer(models.BPE())
@@ -528,25 +528,26 @@ def make_tokenizer(folder: Path, vocabulary: int, seed: int) -> Tokenizer:
 def example(r: Random, tokenizer: Tokenizer, stage: Stage, words: Wording) -> Example:
     """One training example: a call; or a pair like another, call first, or request first."""
     item = make_task(r, r.choice(BENCHES), words)
-    sample = parse_sample(item, "train", "research.tiny")
-    kind = r.choices(("call", "pair", "joint"), stage.mix)[0]
+    sample = Sample("train", *parse_item(item))
+    chat, kind = call_prompt(sample), r.choices(("call", "pair", "joint"), stage.mix)[0]
     if kind == "call":
-        prompt, answer = tokenizer.chat(call_prompt(sample)), call_text(sample.answers)
+        answer = call_text(sample.answers)
     else:
         calls = item["answers"][:1] if kind == "pair" else item["answers"]
         like = similar({**item, "answers": calls}, r, replace(words, vague=0.0, unsaid=UNSAID))
-        new = parse_sample(like, "train", "research.tiny")
-        prompt = tokenizer.chat(asked(sample, ASK_PAIR if kind == "pair" else ASK_JOINT))
+        new, request = Sample("train", *parse_item(like)), request_text(sample)
         if kind == "pair":
-            begun = '{"name": "'
-            seed = {"call": call_json(sample.answers[0]), "request": quoted(request_text(sample))}
-            prompt += tokenizer.encode(PAIR_START.format(**seed) + begun)
-            new_call = call_json(new.answers[0]).removeprefix(begun)
-            answer = f"{new_call}\n{quoted(request_text(new))}"
+            ask, begun = ASK_PAIR, '{"name": "'
+            call = as_json(asdict(sample.answers[0]))
+            start = PAIR_START.format(call=call, request=as_json(request)) + begun
+            new_call = as_json(asdict(new.answers[0])).removeprefix(begun)
+            answer = f"{new_call}\n{as_json(request_text(new))}"
         else:
-            prompt += tokenizer.encode(JOINT_START.format(request=request_text(sample)))
+            ask, start = ASK_JOINT, JOINT_START.format(request=request)
             answer = f'{request_text(new)}"\n{call_text(new.answers)}'
-    return prompt, [*tokenizer.encode(answer), tokenizer.im_end]
+        chat = [chat[0], {"role": "user", "content": ask}, {"role": "assistant", "content": start}]
+    system, rest = tokenizer.chat(chat)
+    return system + rest, [*tokenizer.encode(answer), tokenizer.im_end]
 
 
 def batches(tokenizer: Tokenizer, stage: Stage, seed: str) -> Iterator[list[Example]]:
@@ -564,12 +565,13 @@ def batches(tokenizer: Tokenizer, stage: Stage, seed: str) -> Iterator[list[Exam
 def batch_loss(model: Qwen2, batch: list[Example]) -> tuple[torch.Tensor, float]:
     """The weighted loss to train on, and that of the answers' tokens alone, nats a token."""
     # padding is behind the text, where no token sees it: it need be no hole, and there is no mask
-    ids = pad([prompt + answer for prompt, answer in batch], model.device).clamp(min=0)
+    ids = torch.zeros(len(batch), max(len(prompt) + len(answer) for prompt, answer in batch)).long()
     weight = torch.zeros(ids.shape)
-    for row, (prompt, answer) in zip(weight, batch):
-        row[:len(prompt)] = PROMPT_WEIGHT
-        row[len(prompt):len(prompt) + len(answer)] = 1.0
-    logits, weight = model.logits(model(ids[:, :-1])), weight[:, 1:].flatten()
+    for row, own, (prompt, answer) in zip(ids, weight, batch):
+        row[:len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        own[:len(prompt)] = PROMPT_WEIGHT
+        own[len(prompt):len(prompt) + len(answer)] = 1.0
+    logits, weight = model.lm_head(model(ids[:, :-1])).float(), weight[:, 1:].flatten()
     nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (nll * weight).sum() / weight.sum(), nll[weight == 1].mean().item()
 

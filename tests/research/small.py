@@ -1,15 +1,21 @@
 """What tests of research share: a small agent, and lines of H, G and S that are made by hand."""
 import json
+from dataclasses import replace
 
 import pytest
 from hand_made import ONE, OTHER
 
 from augment import Found
-from data import Sample
-from model import Tokenizer, fingerprint, load_model
-from train import Agent, Assessed, PrefixCaches
+from data import Sample, request_text
+from data.chat import Tokenizer
+from data.runs import OUT_OF_MEMORY, Kept, Lines
+from model import fingerprint, load_model
+from train import CALLING, Agent, Assessed
+from uncertainty import PrefixCaches
 
 MISFIT, NONSENSE = ONE.replace("x", "y"), "no idea"
+FACTS = dict.fromkeys(("weights", "shape", "tokenizer", "numerics", "asks", "tries", "writer",
+                       "everyone", "split"), "")
 OPTIONS = {"model": "small", "tau": 0.95, "max_new_tokens": 6, "epochs": 2, "lr": 1e-2}
 TOOLS = [tuple({"name": name, "description": f"{i}", "parameters": {"x": {"type": "integer"}}}
                for name in "fgh") for i in range(3)]
@@ -19,29 +25,53 @@ SAMPLES = [Sample(f"toolalpaca-{i}", ({"role": "user", "content": f"Do {i}."},),
 
 def assessed(id: str, text: str, margin: float = 0.0, nll: float = 0.0) -> Assessed:
     """A line of H."""
-    return Assessed(id=id, request="", candidates={"f": -1.0, "g": -9.0, "h": 0.0}, margin=margin,
-                    prompt_tokens=9, text=text, ids=[1], log_p=[-nll], entropy=[0.0])
+    request = next((request_text(x) for x in SAMPLES if x.id == id), "")
+    return Assessed(id=id, request=request, candidates={"f": -1.0, "g": -9.0, "h": 0.0},
+                    margin=margin, prompt_tokens=9, text=text, ids=[1], log_p=[-nll], entropy=[0.0])
+
+
+def lost(id: str) -> Assessed:
+    """A line of H for which the memory was too little."""
+    return Assessed(id, OUT_OF_MEMORY)
 
 
 def found(*pairs: list) -> dict[str, Found]:
     """Lines of G."""
-    return {x.id: Found(x.id, own) for x, own in zip(SAMPLES, pairs)}
+    return {x.id: Found(x.id, pairs=own) for x, own in zip(SAMPLES, pairs)}
 
 
-def made(**lines):
-    """A Kept that holds the lines of these stages, and computes the others."""
-    def kept(stage, samples, compute):
-        if stage.name in lines:
-            return {x.id: lines[stage.name][x.id] for x in samples}
-        return {line.id: line for line in (compute(samples) if samples else [])}
-    return kept
+class Made(Kept):
+    """Lines of stages that are made by hand; the others are computed. Nothing is written."""
+
+    def __init__(self, agent, config, **made):
+        super().__init__(agent, config)
+        self.made = made
+
+    def __call__(self, function, samples, *seen):
+        name = function.stage.name
+        if name not in self.made:
+            return super().__call__(function, samples, *seen)
+        return Lines({x.id: self.made[name][x.id] for x in samples})
+
+    def read(self, stage, name): return {}
+
+    def append(self, name, lines): pass
+
+
+def keep(kept: Kept, function, samples, lines: list, *seen: Lines) -> Lines:
+    """Keep lines that are made by hand as those of a stage."""
+    def by_hand(agent, samples, config, *seen):
+        return [line for line in lines if line.id in {x.id for x in samples}]
+    by_hand.stage = function.stage
+    return kept(by_hand, samples, *seen)
 
 
 @pytest.fixture
 def agent(checkpoint):
     """Whose weights and caches are theta_0's after the test, too."""
     model = load_model(checkpoint)
-    agent = Agent(model, Tokenizer(checkpoint), PrefixCaches(model), None, {}, 1)
+    model.config = replace(model.config, max_position_embeddings=2048)      # for examples, too
+    agent = Agent(CALLING, model, Tokenizer(checkpoint), PrefixCaches(model), None, {**FACTS}, 1)
     weights = fingerprint(model)
     yield agent
     assert fingerprint(model) == weights

@@ -3,15 +3,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from small import ONE, OTHER, SAMPLES, assessed, flags, made
+from small import ONE, OTHER, SAMPLES, Made, assessed, flags, keep, lost
 
 import train
-from augment import Found, Pair
+from augment import Found, Pair, synthesize
 from data.calls import Call
-from evaluate import read_run
+from data.runs import Kept, read_run
 from research import gates
 from research.gates import GateConfig, let_through
-from train import Kept
 
 LINES = [assessed("a", ONE, 0.1, 5.0), assessed("b", "nonsense", 0.9, 1.0),
          assessed("c", ONE, 0.5, 4.0), assessed("d", OTHER, 0.4, 0.5)]
@@ -22,7 +21,7 @@ def through(*more, answers=(Call("f", {"x": 1}),), **options) -> str:
     h = {line.id: line for line in [*LINES, *more]}
     samples = [replace(SAMPLES[0], id=id, answers=answers) for id in h]
     config, agent = GateConfig(tau=0.5, **options), SimpleNamespace(batch=3, tokenizer=WORDS)
-    return "".join(sorted(let_through(agent, samples, config, made(H=h))))
+    return "".join(sorted(let_through(agent, samples, config, Made(agent, config, H=h))))
 
 
 def test_all_and_certain():
@@ -50,17 +49,25 @@ def test_a_score_lets_those_through_that_are_above_its_threshold():
     assert through(undefined, **score, threshold="4") == "ae"
 
 
+@pytest.mark.parametrize("gate", ["all", "certain", "random", "oracle", "score"])
+def test_no_gate_lets_one_through_whose_h_failed(gate):
+    assert through(lost("e"), gate=gate) == through(gate=gate)
+    agent, lines = SimpleNamespace(batch=3, tokenizer=WORDS), {"a": lost("a")}
+    config, samples = GateConfig(gate=gate), [replace(SAMPLES[0], id="a")]
+    assert let_through(agent, samples, config, Made(agent, config, H=lines)) == set()
+
+
 @pytest.mark.parametrize("gate, chosen", [("oracle", [1, 2]), ("certain", [1])])
 def test_the_program_writes_and_trains_for_whom_the_gate_lets_through(gate, chosen, flags,
                                                                       tmp_path):
     flags = [*flags, "--gate", gate, "--tau", "0.5", "--epochs", "1"]
-    config = train.choose(train.parse_args(flags, GateConfig))
+    config = train.fill_in(train.parse_args(flags, GateConfig))
     agent, samples = train.set_up(config)
-    kept = Kept(config, agent.facts)                                # the program reads these lines
-    h = [(ONE, 0.1), ("nonsense", 0.9), (OTHER, 0.4)]
-    kept(train.H, samples, lambda xs: [assessed(x.id, *line) for x, line in zip(xs, h)])
-    kept(train.G, samples, lambda xs: [Found(x.id, [Pair("a", "b")]) for x in xs])
-    assert gates.main(flags) == 0
+    kept, seen = Kept(agent, config), [replace(x, answers=()) for x in samples]
+    said = zip(seen, [(ONE, 0.1), ("nonsense", 0.9), (OTHER, 0.4)])
+    h = keep(kept, train.assess, seen, [assessed(x.id, *line) for x, line in said])
+    keep(kept, synthesize, seen, [Found(x.id, pairs=[Pair("a", "b")]) for x in seen], h)
+    assert gates.main(flags) == 0                                   # which reads these lines
     run = read_run(tmp_path / "run")
     assert run.config["uses_labels"] == (gate == "oracle")
     assert [i for i, record in enumerate(run.records) if record.uncertain] == chosen

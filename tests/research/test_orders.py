@@ -1,7 +1,7 @@
 """research/orders.py: the candidates are scored under other orders of the tools."""
 import pytest
 
-from evaluate import read_run
+from data.runs import read_run
 from research import orders
 from research.scores import scores_of
 

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hand_made import ONE, OTHER, record, verdict
+from hand_made import ONE, OTHER, failed, record, verdict
 
-from evaluate import Run, write_run
+from data.runs import Run, write_run
 from research import report
 from research.report import grouped, tables
 
-CONFIG = {"bench": "sealtool", "data": "", "model": "tiny", "method": "ttsi", "seed": 0}
+CONFIG = {"bench": "sealtool", "data": "", "model": "tiny", "method": "ttsi", "seed": 0,
+          "samples": 5, "facts": {"samples": "ab", "weights": "cd", "torch": "2"},
+          "code": {"H": "ef"}}
 RECORDS = [record("a", False, True), record("b", True, False), record("c", True, True, 0.9),
            record("d", False, False), record("e", False, True)]
 
@@ -21,6 +23,7 @@ def run(records, **config) -> Run:
 
 
 SEVEN_TO_TWO = np.array([[1] * 7 + [-1] * 2 + [0] * 20])
+NOUGHT = np.array([[1, 1, 1, 0], [-1, 0, -1, -1], [1, 1, -1, -1]])      # 1/3 + 2/3 - 1/3 - 2/3
 SAME_FIVE = np.array([[1] * 4 + [0] * 6] * 5)       # p of four samples, and not of twenty
 
 
@@ -28,6 +31,7 @@ SAME_FIVE = np.array([[1] * 4 + [0] * 6] * 5)       # p of four samples, and not
     (report.p_value, ([SEVEN_TO_TWO],), 2 * (1 + 9 + 36) / 2 ** 9),             # McNemar
     (report.p_value, ([SEVEN_TO_TWO.repeat(2, 0)],), 2 * (1 + 9 + 36) / 2 ** 9),
     (report.p_value, ([SAME_FIVE],), 2 / 2 ** 4), (report.p_value, ([0 * SAME_FIVE],), 1),
+    (report.p_value, ([NOUGHT],), 1),                   # and not less, as of rounded means
     (report.holm, ([0.01, 0.04, 0.03, 0.005],), [0.03, 0.06, 0.06, 0.02]),
     (report.holm, ([0.5, 0.9],), [1, 1]),
     (report.detectable, (114,), (1.96 + 0.8416) * (0.15 / 114) ** 0.5),
@@ -45,6 +49,13 @@ def test_the_p_of_several_seeds_equals_that_of_all_sign_flips():
     assert report.p_value([np.array([gain, gain])]) == pytest.approx(expected)
 
 
+def test_benchmarks_with_unequally_many_seeds_weigh_as_their_means_do():
+    means = [1, 1, 1, 1, 1 / 3, 2 / 3, -1 / 3, -2 / 3]
+    sums = np.array([np.dot(means, signs) for signs in itertools.product((-1, 1), repeat=8)])
+    expected = np.mean(np.abs(sums) > 4 - 1e-9)
+    assert report.p_value([SAME_FIVE[:2], NOUGHT]) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("gains, sd", [
     ([[[1, 0] * 100]], 0.5 / 200 ** 0.5), ([[[1, 0] * 100] * 5], 0.5 / 200 ** 0.5),
     ([np.random.default_rng(1).integers(2, size=(20, 200))], 0.5 / 4000 ** 0.5 * 2 ** 0.5),
@@ -59,7 +70,8 @@ def test_the_interval_has_the_spread_of_samples_seeds_and_benchmarks(gains, sd):
 
 def test_seeds_are_one_group_and_its_figures_are_those_by_hand():
     other = [RECORDS[0], record("b", True, True, 0.9), *RECORDS[2:4], record("e", False, False)]
-    runs = [run(RECORDS), run(other, seed=1, device="cuda"), run(RECORDS)]      # one twice
+    facts = {**CONFIG["facts"], "torch": "3"}
+    runs = [run(RECORDS), run(other, seed=1, device="cuda", facts=facts)]
     row, = tables(grouped(runs))["Gains, in points of accuracy"]
     assert (row["run"], row["n"], row["seeds"], row["fixed"], row["harmed"]) == ("run", 5, 2, 3, 1)
     assert (row["before"], row["after"], row["gain"]) == (40, "60.0 ± 0.0", "+20.0 ± 0.0")
@@ -69,21 +81,51 @@ def test_seeds_are_one_group_and_its_figures_are_those_by_hand():
     assert (row["uncertain"], row["acted"], row["TPR"]) == pytest.approx((70, 70, 100))
 
 
-def test_other_settings_are_no_further_seeds_and_what_uses_labels_says_so():
-    first, second = grouped([run(RECORDS), run(RECORDS, seed=1, lr=1e-3, uses_labels=True)])
-    assert len(first.seeds) == len(second.seeds) == 1 and "uses labels" in second.name
+@pytest.mark.parametrize("other", [
+    {"lr": 1e-3}, {"facts": {**CONFIG["facts"], "samples": "other"}},
+    {"facts": {**CONFIG["facts"], "weights": "other"}}, {"code": {"H": "other"}}],
+    ids=["option", "samples", "weights", "code"])
+def test_what_differs_in_more_than_its_seed_is_no_further_seed(other):
+    groups = grouped([run(RECORDS), run(RECORDS, seed=1, **other)])
+    assert [len(group.seeds) for group in groups] == [1, 1]
+
+
+def test_what_uses_labels_says_so():
+    first, second = grouped([run(RECORDS), run(RECORDS, uses_labels=True)])
+    assert "uses labels" in second.name and "uses labels" not in first.name
+
+
+def test_two_runs_of_one_seed_are_refused_and_both_named():
+    first, second = [replace(run(RECORDS), folder=Path(name)) for name in ("here", "there")]
+    with pytest.raises(ValueError, match="here and there"):
+        grouped([first, run(RECORDS, seed=1), second])
+    assert grouped([first, replace(second, records=[])])        # what is empty is no such run
+
+
+def test_a_run_that_is_not_whole_says_so():
+    some, = grouped([run(RECORDS[:3], samples=50)])
+    assert some.name == "run (3 of 50 samples)"
+    assert grouped([run(RECORDS)])[0].name == "run"
+
+
+def test_a_sample_whose_h_failed_counts_as_wrong_and_was_not_acted_on():
+    row, = tables(grouped([run([*RECORDS[:4], failed("e")])]))["Gains, in points of accuracy"]
+    found = row["n"], row["before"], row["acted"], row["TPR"]
+    assert found == pytest.approx((5, 40, 60, 100 * 2 / 3))
 
 
 def test_what_not_all_seeds_have_is_left_out_and_told():
     group, = grouped([run(RECORDS), run(RECORDS[1:4], seed=1), run([], seed=2)])
     assert [[r.id for r in seed] for seed in group.seeds] == [["b", "c", "d"]] * 2
-    assert "2 samples, which not all seeds have" in group.name
+    assert "3 of 5 samples" in group.name and "2 samples, which not all seeds have" in group.name
 
 
 def test_several_benchmarks_are_corrected_for_and_have_a_mean():
     """6 of 6 mended, and 0 of 2; a run that differs in more than the benchmark is no such other."""
-    six = run([record(i, False, True) for i in range(6)])
-    two = run([record(i, False, False) for i in range(2)], bench="apibank", data="b.json")
+    six = run([record(i, False, True) for i in range(6)], samples=6)
+    facts = {**CONFIG["facts"], "samples": "others"}
+    two = run([record(i, False, False) for i in range(2)], bench="apibank", data="b.json",
+              samples=2, facts=facts)
     apart = replace(two, config={**two.config, "k": 2})
     first, other, both, alone = tables(grouped([six, two, apart]))["Gains, in points of accuracy"]
     assert (first["p"], first["holm"]) == ("0.0312", "0.0625") and other["holm"] == "1.0000"
@@ -106,6 +148,17 @@ def test_what_a_method_costs_by_hand():
     assert (vote["extra seconds"], vote["draws"], vote["median sampled"]) == (1.0, 5.0, 1.0)
     assert (ttsi["extra seconds"], ttsi["draws"]) == pytest.approx((3.6, 18))
     assert (ttsi["seconds"], ttsi["fixed name"]) == (pytest.approx(3.3), 1)
+
+
+@pytest.mark.parametrize("reason, lacked", [
+    ("unparsable", "format"), ("wrong number of calls: 2 for 1", "format"),
+    ("wrong name: f for g", "name"), ("wrong value: x", "argument"),
+    ("cut at 8 tokens: unparsable", "format"), ("cut at 8 tokens: extra argument: x", "argument")])
+def test_what_a_fixed_answer_lacked(reason, lacked):
+    base = replace(verdict(False), reason=reason)
+    group, = grouped([run([replace(RECORDS[0], base=base)])])
+    row = report.costs([group], [group])
+    assert [kind for kind in ("format", "name", "argument") if row[f"fixed {kind}"]] == [lacked]
 
 
 def test_votes_and_pass_at_k_by_hand():
@@ -136,7 +189,10 @@ def test_the_pairs_by_hand():
 
 
 def test_the_program_prints_tables_and_names_a_folder_that_is_none(tmp_path, capsys):
-    write_run(tmp_path / "run", CONFIG, RECORDS)
+    for name in ("run", "copy"):
+        write_run(Run(tmp_path / name, CONFIG, RECORDS), {})
     assert report.main([str(tmp_path / "run")]) == 0
     assert "| sealtool | run |" in capsys.readouterr().out
     assert report.main([str(tmp_path / "none")]) == 2
+    assert report.main([str(tmp_path / "run"), str(tmp_path / "copy")]) == 2
+    assert f"{tmp_path / 'run'} and {tmp_path / 'copy'}" in capsys.readouterr().err

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hand_made import GOLD, ONE, OTHER, record, verdict
+from hand_made import GOLD, ONE, OTHER, failed, record, verdict
 from sklearn import metrics
 
-from evaluate import write_run
-from model import Tokenizer
+from data.chat import Tokenizer
+from data.runs import Run, write_run
 from research import scores
 from train import TINY
 
@@ -132,7 +132,24 @@ def test_the_score_that_knows_is_ranked_first():
 
 
 def test_the_program_prints_tables_and_says_where_nothing_can_be_ranked(tmp_path, capsys):
-    write_run(tmp_path / "run", {"model": "x/none", "method": "ttsi"}, [record(0, False, True)] * 2)
+    config = {"model": "x/none", "method": "ttsi"}
+    write_run(Run(tmp_path / "run", config, [record(0, False, True)] * 2), {})
     assert scores.main([str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert "all 2 direct answers are alike" in printed and "| this gate: 100% | 1.00 " in printed
+
+
+def test_those_whose_h_failed_are_left_out_and_counted(tmp_path, capsys):
+    records = [record(i, i % 2 > 0, True, margin=i / 10) for i in range(6)]
+    for name, more in (("some", [failed("x")]), ("none", [])):
+        config = {"model": "x/none", "method": "ttsi"}
+        write_run(Run(tmp_path / name, config, [*records, *more]), {})
+    write_run(Run(tmp_path / "lost", {"model": "x/none"}, [failed("x")]), {})
+    printed = {}
+    for name in ("some", "none", "lost"):
+        assert scores.main([str(tmp_path / name)]) == 0
+        printed[name] = capsys.readouterr().out
+    said, _, rest = printed["some"].partition("\n\n")
+    assert said.startswith("some: H failed for 1 of 7 samples")
+    assert rest.replace("some:", "none:") == printed["none"]
+    assert printed["lost"].strip() == "lost: H failed for 1 of 1 samples; they are left out."

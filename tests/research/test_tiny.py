@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import data
+from data import Sample
 from data.calls import check_call
-from model import ModelConfig, Tokenizer
+from data.chat import Tokenizer
+from data.formats import parse_item
+from model import ModelConfig
 from research import tiny
 
 BUNDLED = {bench: json.loads((tiny.ROOT / "data" / "samples" / f"{bench}.json").read_text())
@@ -44,10 +46,10 @@ def test_no_tool_noun_or_phrase_of_the_bundled_samples_is_ever_in_training(train
     assert len(nouns["held_out"]) > 30 and nouns["train"].isdisjoint(nouns["held_out"])
 
 
-def checked(item: dict) -> data.Sample:
+def checked(item: dict) -> Sample:
     """The sample, whose gold calls fit its tools, and of whose values each stands in its request;
     flags are said in words."""
-    sample = data.parse_sample(item, "x", "generated")
+    sample = Sample("x", *parse_item(item))
     said = " ".join(message["content"] for message in sample.messages)
     for call in sample.answers:
         assert not check_call(call, sample.tools), item
