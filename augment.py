@@ -127,8 +127,8 @@ def try_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: 
     tries, unspoken = [], []
     for x, direct, text in zip(samples, directs, texts):
         call, _, request = text.partition("\n")
-        try:
-            request = " ".join(json.loads(request).split())
+        try:                            # one line: a server may say more below
+            request = " ".join(json.loads(request.strip().partition("\n")[0]).split())
         except (ValueError, AttributeError, RecursionError):
             request = None
         new = parse_calls(call).calls
@@ -306,28 +306,38 @@ class LocalWriter:
 
 @dataclass(frozen=True)
 class ServerWriter:
-    """A teacher behind an OpenAI-compatible API, which limits a text itself. OPENAI_API_KEY goes to
-    that host alone, over plain http to this machine only. ConnectionError if there is no reply."""
+    """A teacher behind an OpenAI-compatible API. OPENAI_API_KEY goes to that host alone, over plain
+    http to this machine only. ConnectionError if there is no reply.
+
+    options: what is sent otherwise than usual, as "temperature=none,max_completion_tokens=320";
+    "none" leaves out what a server refuses."""
     url: str
     model: str
     wait: float = 1.0           # seconds before the second try; each further one doubles it
     timeout: float = 120.0
+    options: str = ""
 
     def __post_init__(self):
-        safe = r"(https?)://([\w.-]+|\[[0-9a-f:]+\])(:\d+)?(/[\w.~/-]*)?/v1/?"
+        safe = r"(https?)://([\w.-]+|\[[0-9a-f:]+\])(:\d+)?(/[\w.~/-]*)?"
         parts = re.fullmatch(safe, self.url)
         if not parts:           # the URL is not shown: it may hold a password
-            raise ValueError("--teacher: a URL looks like https://host/v1: it ends in /v1, and has "
-                             "no user name, no key and no query")
+            raise ValueError("--teacher: a URL looks like https://host/v1, with no user name, no "
+                             "key and no query")
         local = parts[2] in ("localhost", "127.0.0.1", "[::1]")
         if parts[1] == "http" and not local and os.environ.get("OPENAI_API_KEY"):
             raise ValueError(f"--teacher {self.url}: OPENAI_API_KEY would travel unencrypted; use "
                              "https, or unset the key")
+        for option in filter(None, self.options.split(",")):
+            if not re.fullmatch(r"\w+=.+", option):
+                raise ValueError(f"--teacher-option {option}: must be NAME=VALUE or NAME=none")
 
     def __call__(self, prompts, limit, temperature, top_p, keys) -> list[str]:
         from huggingface_hub import InferenceClient     # only here: it takes a second to import
         secret = os.environ.get("OPENAI_API_KEY", "").strip() or "none"     # never the hub's token
-        client = InferenceClient(base_url=self.url, api_key=secret, timeout=self.timeout)
+        base = self.url.rstrip("/")                     # the library adds /v1/... to a bare host
+        if base.count("/") > 2 and not base.endswith("/chat/completions"):
+            base += "/chat/completions"
+        client = InferenceClient(base_url=base, api_key=secret, timeout=self.timeout)
         jobs, ended = [], Event()
         for prompt, key in zip(prompts, keys):
             *before, last = prompt.messages
@@ -335,45 +345,89 @@ class ServerWriter:
             if start:           # the API cannot begin the assistant's turn, so the user asks for it
                 last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
                                            f"Write what follows, and nothing else:\n{start}"}
-            seed = seeded(*key).initial_seed() % 2 ** 31        # if the server uses it
-            body = dict(messages=[*before, last], model=self.model, seed=seed, max_tokens=limit,
-                        temperature=temperature, top_p=top_p)
-            jobs.append((client, start, prompt.form.start, body, ended))
+            body = dict(messages=[*before, last], model=self.model, max_tokens=limit,
+                        temperature=temperature, top_p=top_p, extra_body={})
+            for option in filter(None, self.options.split(",")):
+                name, _, value = option.partition("=")
+                body.pop(name, None)
+                if value != "none":
+                    body["extra_body"][name] = plain_value(value)
+            jobs.append((client, start, prompt.form.start, body, key, ended))
         with ThreadPool(8) as pool:
             return list(pool.imap(self.ask, jobs))
 
     def ask(self, job: tuple) -> str:
         """What a server writes for one prompt, without the start if it repeats that. A busy, broken
-        or late server is asked again; a refusal becomes an empty text with a problem."""
-        from huggingface_hub.errors import HTTPError    # the HTTP library's own; no OSError
-        client, start, first, request, ended = job
-        for wait in [0] + [self.wait * 2 ** i for i in range(RETRIES)]:
-            time.sleep(wait)
+        or late server is asked again, after a failure of its own (HTTP 500) with another seed; a
+        refusal becomes an empty text with a problem."""
+        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # HTTPError: no OSError
+        client, start, first, request, key, ended = job
+        seed = seeded(*key).initial_seed() % 2 ** 31    # if the server uses it
+        for attempt in range(RETRIES + 1):
+            time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             if ended.is_set():                          # by another prompt of the batch
                 return ""
             try:
-                choice = client.chat_completion(**request).choices[0]
-                text = choice.message.content or ""
-                skipped = next(i for i in range(len(start) + 1) if text.startswith(start[i:]))
-                written = Written(first + text[len(start) - skipped:])
+                choice = client.chat_completion(**request, seed=seed).choices[0]
+                written = Written(first + reply(choice.message, start, first))
                 if choice.finish_reason == "length":
-                    written.problem = f"cut at {request['max_tokens']} tokens"
+                    written.problem = f"cut at {request.get('max_tokens', 'its limit of')} tokens"
                 return written
+            except OfflineModeIsEnabled as error:
+                ended.set()
+                raise ConnectionError(f"--teacher {self.url}: HF_HUB_OFFLINE is set, and lets "
+                                      "nothing pass; unset it") from error
             except (HTTPError, OSError, ValueError, TypeError, LookupError, AttributeError) as err:
                 response = getattr(err, "response", None)
                 code = getattr(response, "status_code", 0)
                 problem = f"HTTP {code}" if code else type(err).__name__
+            if code == 500:
+                seed = seeded(*key, "again", attempt).initial_seed() % 2 ** 31
             if code in (400, 413, 422):
                 refused = Written(first)
                 refused.problem = f"refused by the server, {problem} {said_in(response)}".strip()
                 return refused
             if 400 <= code < 500 and code not in (408, 409, 429):
-                ended.set()
-                raise ConnectionError(f"--teacher {self.url}: {problem}; are the URL, "
-                                      "--teacher-model and OPENAI_API_KEY right?")
+                break
         ended.set()
+        if 400 <= code < 500:
+            raise ConnectionError(f"--teacher {self.url}: {problem}; are the URL, --teacher-model "
+                                  "and OPENAI_API_KEY right?")
         raise ConnectionError(f"--teacher {self.url}: no chat completion after {RETRIES + 1} tries "
-                              f"({problem})")
+                              f"({problem} {said_in(response)})".replace(" )", ")"))
+
+
+def reply(message: object, start: str, first: str) -> str:
+    """What a server's message says after `start`: without thinking, a code fence or a remark around
+    what was asked for. Some servers move tool calls out of the text: these are put back, before the
+    text where a call was to come `first`."""
+    text = re.sub(r"\A\s*<think>.*?(</think>|\Z)", "", message.content or "", flags=re.S)
+    calls = []
+    for moved in message.tool_calls or []:
+        arguments = moved.function.arguments
+        calls.append(Call(moved.function.name,
+                          json.loads(arguments) if isinstance(arguments, str) else arguments))
+    if calls and first:
+        text = "\n".join([*[as_json(asdict(call)) for call in calls], text.strip()])
+    elif calls:
+        text = f"{text}\n{call_text(calls)}"
+    fenced = re.search(r"```[\w-]*\n(.*?)(\n?```|\Z)", text, re.S)
+    text = fenced[1] if fenced else text
+    begun = start.rpartition("\n")[2]
+    if begun and begun in text:                         # it repeats the line that it was to end
+        return text[text.index(begun) + len(begun):]
+    if first and '{"name"' in text:
+        text = text[text.index('{"name"'):]
+    skipped = next(i for i in range(len(start) + 1) if text.startswith(start[i:]))
+    return text[len(start) - skipped:]
+
+
+def plain_value(text: str) -> object:
+    """A value of an option: a number or another JSON value, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 class Written(str):
@@ -383,12 +437,12 @@ class Written(str):
 
 def said_in(response: object) -> str:
     """The reason in a server's refusal, cut to a line and without the key."""
+    body = getattr(response, "text", "")
     try:
-        body = response.text
         error = json.loads(body)
         error = error.get("error", error) if isinstance(error, dict) else error
         body = error.get("message", body) if isinstance(error, dict) else error
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         pass
     line = " ".join(str(body).replace(":", ",").split())[:100]
     secret = os.environ.get("OPENAI_API_KEY", "").strip()

@@ -245,8 +245,9 @@ class Config:
     model: str = option("", RUN, "hub id, folder or tiny (default: Qwen2.5-1.5B-Instruct on a GPU)")
     method: str = option("ttsi", RUN, "base: direct answers; ttsi: adapt to the uncertain samples; "
                          "ttd: to pairs that --teacher wrote", "base", "ttsi", "ttd")
-    teacher: str = option("", RUN, "hub id, folder, or URL of an OpenAI-compatible API (.../v1)")
+    teacher: str = option("", RUN, "hub id, folder, or base URL of an OpenAI-compatible API")
     teacher_model: str = option("", RUN, "the teacher's name at that URL; key: OPENAI_API_KEY")
+    teacher_option: str = option("", RUN, "sent otherwise, as temperature=none,max_tokens=none")
     seed: int = option(0, RUN, "seeds every draw, together with the sample's id")
     limit: int = option(0, RUN, "only the first N samples (0: all)")
     tau: float = option(0.95, "H", "uncertain where the softmax difference is below, in [0, 1]")
@@ -400,8 +401,8 @@ def set_up(config: Config, task: Task = CALLING,
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
     writer, who = me, "the model"
     if config.teacher_model:
-        writer = ServerWriter(config.teacher, config.teacher_model)
-        who = f"{config.teacher_model} at {config.teacher}"
+        writer = ServerWriter(config.teacher, config.teacher_model, options=config.teacher_option)
+        who = f"{config.teacher_model} at {config.teacher} {config.teacher_option}".strip()
     elif config.teacher:
         writer, who = load_local(config.teacher, config)
     batch = config.batch or (1 if config.device == "cpu" else fitting(me, task, samples, config))

@@ -173,12 +173,70 @@ def test_without_a_key_no_token_for_the_hub_is_sent(server, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["ftp://host/v1", "https://user:word@host/v1", "https:///v1",
-                                 "https://host:word/v1", "https://host/v1?key=word", "https://host",
-                                 "https://host/v1#word", "https://host/api", "https://host/v1\n"])
-def test_a_url_with_a_secret_or_without_v1_is_refused_and_not_shown(url):
-    with pytest.raises(ValueError, match="ends in /v1") as error:
+                                 "https://host:word/v1", "https://host/v1?key=word",
+                                 "https://host/v1#word", "https://host/v1\n"])
+def test_a_url_with_a_secret_is_refused_and_not_shown(url):
+    with pytest.raises(ValueError, match="no user name, no key and no query") as error:
         ServerWriter(url, "big")
     assert "word" not in str(error.value)
+
+
+@pytest.mark.parametrize("path, asked", [
+    ("", "/v1"), ("/v1", "/v1"), ("/v1/", "/v1"), ("/api/paas/v4", "/api/paas/v4"),
+    ("/api/v3/chat/completions", "/api/v3")])
+def test_a_base_url_may_have_any_path(server, path, asked):
+    assert ask(server.url.removesuffix("/v1") + path) == "hello"
+    assert server.seen[0][1] == f"{asked}/chat/completions"
+
+
+@pytest.mark.parametrize("said", [
+    '{CALL}\n"Oslo?"', '```json\n{CALL}\n"Oslo?"\n```', 'Sure, here it is:\n\n{CALL}\n"Oslo?"',
+    '<think>\nA call: {"name": "g"}\n</think>\n\n{CALL}\n"Oslo?"', '2. {CALL}\n"Oslo?"',
+    '{CALL}\n"Oslo?"\n\nLet me know if you need another.'])
+def test_thinking_a_fence_and_remarks_around_what_was_asked_are_no_part_of_it(server, said):
+    call, start = '{"name": "f", "arguments": {"x": "Oslo"}}', '1. {"name": "f"}\n"Rome?"\n2. '
+    server.script = [(200, {}, completion(said.replace("{CALL}", call)))]
+    text = ask(server.url, start, '{"name": "f", "arguments": {"x": "')
+    assert text.split("\n")[:2] == [call, '"Oslo?"']
+
+
+def test_a_call_that_a_server_moves_out_of_the_text_is_put_back(server):
+    """As `transformers serve` does with <tool_call> blocks; before the text where a call comes
+    first, behind it where the request does."""
+    moved = json.loads(completion("Oslo?"))
+    moved["choices"][0]["message"]["tool_calls"] = [{"id": "1", "type": "function", "function": {
+        "name": "f", "arguments": '{"x": "Oslo"}'}}]
+    server.script = [(200, {}, json.dumps(moved).encode())] * 2
+    call = '{"name": "f", "arguments": {"x": "Oslo"}}'
+    assert ask(server.url) == f"Oslo?\n<tool_call>\n{call}\n</tool_call>"
+    assert ask(server.url, "2. ", '{"name": "f", "arguments": {"x": "') == f"{call}\nOslo?"
+
+
+def test_after_a_failure_of_the_servers_own_another_seed_is_drawn(server):
+    """A server that cannot read what it wrote itself writes the same again for the same seed."""
+    server.script = [(500, {}, b"no JSON"), (503, {}, b""), (500, {}, b"no JSON")]
+    assert ask(server.url) == "hello"
+    seeds = [body["seed"] for *_, body in server.seen]
+    assert seeds[1] == seeds[2] and len(set(seeds)) == 3
+
+
+def test_what_a_server_refuses_can_be_left_out_and_renamed(server):
+    options = "temperature=none,max_tokens=none,max_completion_tokens=320,effort=low"
+    prompt = Prompt([{"role": "user", "content": "hello"}])
+    ServerWriter(server.url, "big", options=options)([prompt], 10, 0.7, 0.9, [(0,)])
+    body = server.seen[0][3]
+    assert not {"temperature", "max_tokens"} & set(body) and body["top_p"] == 0.9
+    assert (body["max_completion_tokens"], body["effort"]) == (320, "low")
+    with pytest.raises(ValueError, match="--teacher-option temperature: must be NAME=VALUE"):
+        ServerWriter(server.url, "big", options="temperature")
+
+
+def test_offline_mode_of_the_library_is_named_at_once(server, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+        ask(server.url, wait=5.0)
+    assert time.monotonic() - began < 5
 
 
 def test_a_key_goes_over_plain_http_to_this_machine_only(monkeypatch):
