@@ -161,8 +161,8 @@ DEPENDS = {     # an option or fact -> the stages whose lines depend on it; put 
     **dict.fromkeys("writer tries k pair temperature top_p".split(), "GT"), "seed": "GT",
     **dict.fromkeys("adapt rank alpha epochs lr".split(), "T"),
     # what says where things are, and how to run them; a sample, a model and a teacher have digests
-    **dict.fromkeys("""bench data model method teacher teacher_model teacher_option limit tau batch checkpointing
-        out device dtype pack offline fresh samples torch python""".split(), "")}
+    **dict.fromkeys("""bench data model method teacher teacher_model teacher_option limit tau batch
+        checkpointing out device dtype pack offline fresh samples torch python""".split(), "")}
 
 
 def keys(known: dict, **codes) -> dict[str, str]:

@@ -13,7 +13,7 @@ from augment import stands_in
 from data import Sample, call_prompt, request_text, with_request
 from data.calls import Call, call_start, parse_calls
 from data.chat import Tokenizer
-from data.runs import Kept
+from data.runs import Kept, out_of_memory
 from model import KVCache, seeded
 from train import Agent, Config, schedule, self_improve
 from uncertainty import PrefixCaches, score_candidates, softmax_difference
@@ -251,11 +251,16 @@ def memory_for(rows: int, agent: Agent, error: Exception, sizes: list[int], trai
     return agent.model.register_forward_pre_hook(act)
 
 
-@pytest.mark.parametrize("error", [CUBLAS, CPU, torch.OutOfMemoryError("CUDA out of memory.")])
-def test_out_of_memory_halves_training_alone_and_the_size_that_fits_is_remembered(
-        agent, usual, error):
+@pytest.mark.parametrize("error, is_memory", [
+    (CUBLAS, True), (CPU, True), (torch.OutOfMemoryError("CUDA out of memory."), True),
+    (RuntimeError("a mistake of ours"), False)])
+def test_torch_says_in_three_ways_that_there_is_no_memory(error, is_memory):
+    assert out_of_memory(error) == is_memory
+
+
+def test_out_of_memory_halves_training_alone_and_the_size_that_fits_is_remembered(agent, usual):
     sizes, kept = [], OnlyHere(agent, CONFIG)
-    with memory_for(1, agent, error, sizes):
+    with memory_for(1, agent, CUBLAS, sizes):
         records = improved(agent, SAMPLES, kept)
         # of three samples the two with two pairs go together first, then each alone; four steps
         assert sizes == [2] + [1] * 4 + [1] * 2 + [1] * 4
