@@ -60,9 +60,9 @@ class ModelConfig:
             raw = {**FAMILIES.get(family, {}), **raw, **rope}       # newer files: theta is in rope
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: holds no JSON object ({error})") from error
-        implemented = {"model_type": [*FAMILIES], "hidden_act": ["silu"],
-                       "rope_type": ["default", "llama3"], "type": ["default", "llama3"],
-                       "partial_rotary_factor": [1], "use_sliding_window": [False]}
+        ropes = ["default", "llama3"]
+        implemented = {"model_type": [*FAMILIES], "hidden_act": ["silu"], "rope_type": ropes,
+                       "type": ropes, "partial_rotary_factor": [1], "use_sliding_window": [False]}
         for key, known in implemented.items():
             if raw.get(key, known[0]) not in known:
                 raise ValueError(f"{folder}: config.json says {key} {raw[key]!r}; implemented is "
@@ -71,7 +71,7 @@ class ModelConfig:
         try:
             raw.setdefault("output_bias", raw.get("attention_bias", False))
             if "llama3" in (rope.get("rope_type"), rope.get("type")):
-                raw["rope_scaling"] = tuple([float(rope[key]) for key in LLAMA3_SCALING])
+                raw["rope_scaling"] = tuple([float(rope[key]) for key in SCALING])
             for f in fields(cls):
                 if f.name in raw:
                     given[f.name] = raw[f.name]
@@ -83,10 +83,8 @@ class ModelConfig:
 FAMILIES = {            # model_type -> what its config.json leaves unsaid
     "qwen2": {"attention_bias": True, "output_bias": False},
     "qwen3": {"attention_bias": False, "qk_norm": True, "head_dim": 128},
-    "llama": {"attention_bias": False, "max_position_embeddings": 2048},
-}
-LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor",
-                  "original_max_position_embeddings")
+    "llama": {"attention_bias": False, "max_position_embeddings": 2048}}
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 # ------------------------------------------------------------------------------------ the network
@@ -161,8 +159,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         width = config.hidden_size
-        self.layer, self.d = layer, config.head_dim or width // config.num_attention_heads
-        d = self.d
+        d = config.head_dim or width // config.num_attention_heads
+        self.layer, self.d = layer, d
         self.q_proj = nn.Linear(width, config.num_attention_heads * d, config.attention_bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * d, config.attention_bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * d, config.attention_bias)
@@ -238,9 +236,8 @@ def rotary_angles(positions: torch.Tensor, d: int, theta: float,
     """cos and sin, (rows, 1, new, d) float32, of position * theta^(-2i/d) for positions
     (rows, new) (RoFormer, Su et al. 2021).
 
-    scaling: Llama 3.1's (factor, low, high, context). A frequency that turns fewer than `low` times
-    within the original context is divided by factor, one that turns more than `high` times is
-    kept, and in between the two are blended."""
+    scaling: Llama 3.1's (factor, low, high, context). What turns fewer than `low` times within the
+    original context is slowed by the factor, what turns more than `high` times is kept."""
     inverse = 1 / theta ** (torch.arange(0, d, 2, device=positions.device).float() / d)
     if scaling:
         factor, low, high, context = scaling

@@ -12,27 +12,23 @@ from tokenizers import Tokenizer as BPE
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a checkpoint's template writes a dialogue: pieces of text, and special tokens (<|...|>)
-    by their names."""
+    """How a template writes a dialogue: texts, and special tokens (<|...|>) by their names."""
     turn: tuple[str, ...]
     opening: tuple[str, ...]        # of the answer
-    end: str                        # the token that ends a turn
     start: tuple[str, ...] = ()     # of the dialogue
-    thinks: bool = False            # what was thought before a past answer is left out
-    llama: bool = False             # texts are trimmed; a tool's result is a JSON string in a turn
-    #                                 of its own, where otherwise results in a row share a turn
+    thinks: bool = False            # a past answer loses what was thought before it
+    llama: bool = False             # texts are trimmed; a result is a JSON string in its own turn
 
 
 CHATML = ChatFormat(("<|im_start|>", "{role}\n{content}", "<|im_end|>", "\n"),
-                    ("<|im_start|>", "assistant\n"), "<|im_end|>")
-QWEN3 = replace(CHATML, thinks=True, opening=(                  # as enable_thinking=False has it
-    "<|im_start|>", "assistant\n<think>\n\n</think>\n\n"))
-LLAMA3 = ChatFormat(        # without the dates that its template puts before the system text
+                    ("<|im_start|>", "assistant\n"))
+QWEN3 = replace(CHATML, thinks=True,        # as with enable_thinking=False
+                opening=("<|im_start|>", "assistant\n<think>\n\n</think>\n\n"))
+LLAMA3 = ChatFormat(                        # without the dates before the system text
     ("<|start_header_id|>", "{role}", "<|end_header_id|>", "\n\n{content}", "<|eot_id|>"),
-    ("<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"), "<|eot_id|>",
-    ("<|begin_of_text|>",), llama=True)
-# what a tool gave, as data/formats.py has it
-RESULT = re.compile("<tool_response>\n(.*)\n</tool_response>", re.S)
+    ("<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"), ("<|begin_of_text|>",),
+    llama=True)
+RESULT = re.compile("<tool_response>\n(.*)\n</tool_response>", re.S)      # of a tool, a user's turn
 
 
 class Tokenizer:
@@ -51,26 +47,25 @@ class Tokenizer:
                     said |= json.loads((folder / name).read_text(encoding="utf-8"))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{folder / name}: holds no JSON object ({error})") from error
-        template = said.get("chat_template")
-        template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
         # "<|im_end|>" inside a request is text. Special tokens come from `chat` alone, by id.
         self.bpe.encode_special_tokens = True
-        # of Qwen3's type are the 2507 models, too, whose template never asks whether to think
-        thinks = not template or "enable_thinking" in str(template)
-        chatml = QWEN3 if said.get("model_type") == "qwen3" and thinks else CHATML
-        for self.format in (chatml, LLAMA3):
-            self.special = {}
+        template = jinja.read_text("utf-8") if jinja.is_file() else said.get("chat_template")
+        # the 2507 models are of Qwen3's type, too: their template never asks whether to think
+        thinks = said.get("model_type") == "qwen3" and (
+            not template or "enable_thinking" in str(template))
+        for self.format in (QWEN3 if thinks else CHATML, LLAMA3):
+            self.special: dict[str, list] = {}
             for piece in (*self.format.start, *self.format.turn):
                 if piece.startswith("<|"):
-                    self.special[piece] = self.bpe.token_to_id(piece)
-            if None not in self.special.values():
+                    self.special[piece] = [self.bpe.token_to_id(piece)]
+            if [None] not in self.special.values():
                 break
         else:
             raise ValueError(f"{folder}: tokenizer.json has the tokens of no chat format that is "
                              "implemented: ChatML's (<|im_start|>, <|im_end|>), or Llama 3's "
                              "(<|start_header_id|>, <|end_header_id|>, <|eot_id|>)")
-        self.im_start = self.special[self.format.turn[0]]
-        self.im_end = self.special[self.format.end]
+        self.im_start, = self.special[self.format.turn[0]]      # begins a turn, in any format
+        self.im_end, = [*self.special.values()][-1]             # ends it
         eos = said.get("eos_token_id") or self.im_end
         self.eos: frozenset[int] = frozenset(eos if isinstance(eos, list) else [eos])
         whole = self.bpe.to_str() + str(sorted(self.eos)) + str(self.format)
@@ -82,7 +77,7 @@ class Tokenizer:
         checkpoint's own Jinja template gives them, up to where the assistant is to answer. If the
         last message is the assistant's, its answer begins with that. In two parts: the system
         turn, which prompts with the same tools share, and what follows it."""
-        begun, turns, before, form = "", [], None, self.format
+        begun, turns, parts, before, form = "", [], [], None, self.format
         if messages[-1]["role"] == "assistant":
             begun, messages = messages[-1]["content"], messages[:-1]
         for message in messages:
@@ -92,21 +87,19 @@ class Tokenizer:
                 role, content = "ipython", json.dumps(result[1], ensure_ascii=False)
             elif form.llama:
                 content = content.strip()
-            elif result and before:
-                content = turns.pop()["content"] + "\n" + content
+            elif result and before:                     # results in a row share a turn
+                content = turns.pop()[1]["content"] + "\n" + content
             elif role == "assistant" and form.thinks and "</think>" in content:
                 content = content.rpartition("</think>")[2].lstrip("\n")
-            turns.append({"role": role, "content": content})
+            turns.append((form.turn, {"role": role, "content": content}))
             before = result
-        parts = []
-        for pieces, turn in [*[(form.turn, turn) for turn in turns], (form.opening, {})]:
+        for pieces, turn in [*turns, (form.opening, {})]:
             ids = []
             for piece in pieces:
-                is_special = piece in self.special
-                ids += [self.special[piece]] if is_special else self.encode(piece.format(**turn))
+                ids += self.special.get(piece) or self.encode(piece.format(**turn))
             parts.append(ids)
         system, *others = parts
-        start = [self.special[piece] for piece in form.start]
+        start = [self.special[piece][0] for piece in form.start]
         return start + system, [*chain(*others), *self.encode(begun)]
 
     def encode(self, text: str) -> list[int]:
