@@ -1,8 +1,8 @@
-"""Qwen2.5 in plain PyTorch: network, KV cache, loading, decoding.
+"""Qwen2.5, Qwen3, Llama 3 and SmolLM2 in plain PyTorch: network, KV cache, loading, decoding.
 
-Implemented: RMSNorm, rotary embedding (RoPE), grouped-query attention with biases on q/k/v,
-SwiGLU, a head that is tied to the embedding on the small sizes. Left out: sliding windows, YaRN
-scaling, quantised weights, dropout.
+Implemented: RMSNorm, rotary embedding (RoPE) with Llama 3's scaling, grouped-query attention,
+SwiGLU, and by family: biases, a norm of each head's q and k, a head that is tied to the embedding.
+Left out: sliding windows, YaRN scaling, quantised weights, dropout.
 
 Shapes, in all files and tests:
     rows   prompts of a batch       new     tokens of this pass         read   cached + new tokens
@@ -29,7 +29,8 @@ from data.chat import Tokenizer
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a checkpoint, under the names of its config.json. All sizes of Qwen2.5 fit."""
+    """The shape of a checkpoint, under the names of its config.json. A model family is no class,
+    but what it has in these fields."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -40,6 +41,12 @@ class ModelConfig:
     rope_theta: float
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
+    head_dim: int = 0                           # 0: hidden_size / num_attention_heads
+    attention_bias: bool = True                 # on q, k and v
+    output_bias: bool = False                   # on o
+    mlp_bias: bool = False
+    qk_norm: bool = False                       # RMSNorm of each head's q and k, before RoPE
+    rope_scaling: tuple[float, ...] = ()        # as of `rotary_angles`; (): none
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -47,30 +54,44 @@ class ModelConfig:
         FileNotFoundError if there is none."""
         try:
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            raw = {**(raw.get("rope_parameters") or {}), **raw}     # newer files: theta is there
+            raw = {key: value for key, value in raw.items() if value is not None}
+            rope = {**raw.pop("rope_scaling", {}), **raw.pop("rope_parameters", {})}
+            family = raw.get("model_type", "qwen2")
+            raw = {**FAMILIES.get(family, {}), **raw, **rope}       # newer files: theta is in rope
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: holds no JSON object ({error})") from error
-        implemented = {"model_type": "qwen2", "hidden_act": "silu", "rope_scaling": None,
-                       "rope_type": "default", "use_sliding_window": False}
+        ropes = ["default", "llama3"]
+        implemented = {"model_type": [*FAMILIES], "hidden_act": ["silu"], "rope_type": ropes,
+                       "type": ropes, "partial_rotary_factor": [1], "use_sliding_window": [False]}
         for key, known in implemented.items():
-            if raw.get(key, known) != known:
-                raise ValueError(f"{folder}: config.json says {key} {raw[key]!r}, and only "
-                                 f"{known!r} is implemented: pass a Qwen2.5 checkpoint")
+            if raw.get(key, known[0]) not in known:
+                raise ValueError(f"{folder}: config.json says {key} {raw[key]!r}; implemented is "
+                                 f"{' or '.join(map(repr, known))}: pass another checkpoint")
         given = {}
-        for f in fields(cls):
-            if f.name in raw:
-                given[f.name] = raw[f.name]
         try:
+            raw.setdefault("output_bias", raw.get("attention_bias", False))
+            if "llama3" in (rope.get("rope_type"), rope.get("type")):
+                raw["rope_scaling"] = tuple([float(rope[key]) for key in SCALING])
+            for f in fields(cls):
+                if f.name in raw:
+                    given[f.name] = raw[f.name]
             return cls(**given)
-        except TypeError as error:                              # names what is missing
-            raise ValueError(f"{folder}: config.json is of no Qwen2.5 ({error})") from error
+        except (TypeError, ValueError, KeyError) as error:          # names what is missing
+            raise ValueError(f"{folder}: config.json is of no {family} model ({error})") from error
+
+
+FAMILIES = {            # model_type -> what its config.json leaves unsaid
+    "qwen2": {"attention_bias": True, "output_bias": False},
+    "qwen3": {"attention_bias": False, "qk_norm": True, "head_dim": 128},
+    "llama": {"attention_bias": False, "max_position_embeddings": 2048}}
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 # ------------------------------------------------------------------------------------ the network
 
 class Qwen2(nn.Module):
-    """The language model. A pass gives hidden states; those whose logits are read go through
-    `lm_head` on their own, and then to float32."""
+    """The language model of every family in FAMILIES; Qwen2 was the first. A pass gives hidden
+    states; those whose logits are read go through `lm_head` on their own, and then to float32."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -101,8 +122,8 @@ class Qwen2(nn.Module):
         if cache.length > self.config.max_position_embeddings:
             raise OverflowError(f"{cache.length} tokens exceed the model's context of "
                                 f"{self.config.max_position_embeddings}")
-        d = self.config.hidden_size // self.config.num_attention_heads
-        rotation = rotary_angles(positions, d, self.config.rope_theta)
+        d = self.model.layers[0].self_attn.d
+        rotation = rotary_angles(positions, d, self.config.rope_theta, self.config.rope_scaling)
         x = self.model.embed_tokens(ids.clamp(min=0))
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -137,19 +158,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        width, d = config.hidden_size, config.hidden_size // config.num_attention_heads
+        width = config.hidden_size
+        d = config.head_dim or width // config.num_attention_heads
         self.layer, self.d = layer, d
-        self.q_proj = nn.Linear(width, config.num_attention_heads * d)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * d)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * d)
-        self.o_proj = nn.Linear(config.num_attention_heads * d, width, bias=False)
+        self.q_proj = nn.Linear(width, config.num_attention_heads * d, config.attention_bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * d, config.attention_bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * d, config.attention_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, width, config.output_bias)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rotation, visible, cache: KVCache) -> torch.Tensor:
         """x (rows, new, width), rotation as of `rotary_angles`, visible as of `KVCache.claim`
         -> (rows, new, width)."""
         rows, new, _ = x.shape
-        q = self.q_proj(x).view(rows, new, -1, self.d).transpose(1, 2)
-        k = self.k_proj(x).view(rows, new, -1, self.d).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x).view(rows, new, -1, self.d)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(rows, new, -1, self.d)).transpose(1, 2)
         v = self.v_proj(x).view(rows, new, -1, self.d).transpose(1, 2)
         k, v = cache.append(self.layer, rotate(k, *rotation), v)
         q = rotate(q, *rotation)
@@ -186,9 +210,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, wide, bias=False)
-        self.up_proj = nn.Linear(width, wide, bias=False)
-        self.down_proj = nn.Linear(wide, width, bias=False)
+        self.gate_proj = nn.Linear(width, wide, config.mlp_bias)
+        self.up_proj = nn.Linear(width, wide, config.mlp_bias)
+        self.down_proj = nn.Linear(wide, width, config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -207,10 +231,19 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rotary_angles(positions: torch.Tensor, d: int, theta: float) -> list[torch.Tensor]:
+def rotary_angles(positions: torch.Tensor, d: int, theta: float,
+                  scaling: Sequence[float] = ()) -> list[torch.Tensor]:
     """cos and sin, (rows, 1, new, d) float32, of position * theta^(-2i/d) for positions
-    (rows, new) (RoFormer, Su et al. 2021)."""
+    (rows, new) (RoFormer, Su et al. 2021).
+
+    scaling: Llama 3.1's (factor, low, high, context). What turns fewer than `low` times within the
+    original context is slowed by the factor, what turns more than `high` times is kept."""
     inverse = 1 / theta ** (torch.arange(0, d, 2, device=positions.device).float() / d)
+    if scaling:
+        factor, low, high, context = scaling
+        turns = context * inverse / (2 * torch.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        inverse = kept * inverse + (1 - kept) * inverse / factor
     angles = (positions[..., None].float() * inverse).repeat(1, 1, 2)[:, None]
     return [angles.cos(), angles.sin()]
 
@@ -320,8 +353,8 @@ def find_checkpoint(name: str, offline: bool = False) -> Path:
     from huggingface_hub import snapshot_download       # only here: it takes a second to import
     from huggingface_hub.errors import HfHubHTTPError
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"],
-                                      local_files_only=offline))
+        return Path(snapshot_download(name, local_files_only=offline, allow_patterns=[
+            "*.json", "*.jinja", "model*.safetensors"]))
     except (HfHubHTTPError, OSError, ValueError) as error:      # ValueError: no such id can be
         where = "the hub's cache (--offline forbids a download)" if offline else "the hub"
         raise FileNotFoundError(f"{name}: no such folder, and not in {where}; pass a folder, an "

@@ -133,7 +133,8 @@ def in_transformers(model: Qwen2):
     """The same weights as a transformers model."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
     with device_of(model):
-        plain = Qwen2ForCausalLM(Qwen2Config(**vars(model.config)))
+        said = {name: value for name, value in vars(model.config).items() if value}
+        plain = Qwen2ForCausalLM(Qwen2Config(**said))
     plain.to(model.model.norm.weight.dtype).load_state_dict(model.state_dict(), strict=False)
     return plain.requires_grad_(False).eval()
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 
-from conftest import logits, transformers_model
+from conftest import FAMILIES, logits, transformers_model, write_checkpoint
 from lora import TARGETS, adapters, load_adapter, new_params, save_adapter
 from model import load_model, seeded
 
@@ -36,9 +36,12 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() < 1e-5)
 
 
+@pytest.mark.parametrize("family", ["Qwen2.5", *FAMILIES])
 def test_outputs_gradients_and_an_adamw_step_equal_pefts_which_reads_and_writes_our_files(
-        model, checkpoint, tmp_path):
+        family, tmp_path):
     peft = pytest.importorskip("peft")
+    checkpoint = write_checkpoint(tmp_path / "base", **FAMILIES.get(family, {}))
+    model = load_model(checkpoint)
     params, ids = trained(model, ROWS), tokens()
     ours, pefts = tmp_path / "new" / "ours", tmp_path / "pefts"
     save_adapter(ours, params, ALPHA, row=1)

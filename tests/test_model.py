@@ -1,5 +1,5 @@
-"""model.py against Hugging Face's Qwen2 (where it is installed), against golden logits of it, and
-against definitions. `python tests/test_model.py` writes the golden logits anew."""
+"""model.py against Hugging Face's models (where they are installed), against golden logits of
+theirs, and against definitions. `python tests/test_model.py` writes the golden logits anew."""
 import json
 import re
 import tempfile
@@ -10,19 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save, save_file
 
-from conftest import logits, transformers_model, write_checkpoint
+from conftest import (CHATML, FAMILIES, LLAMA3, SCALING, logits,
+                      transformers_model, write_checkpoint)
 from data.calls import Call, call_text
 from data.chat import Tokenizer
 from lora import adapters, new_params
-from model import (LIKELY, PAD, Blank, Decoded, Filling, Form, KVCache, PackedLinear, choose,
-                   find_checkpoint, fingerprint, generate, load_model, look_up, seeded, sorted_by_p)
+from model import (LIKELY, PAD, Blank, Decoded, Filling, Form, KVCache, ModelConfig,
+                   PackedLinear, choose, find_checkpoint, fingerprint, generate, load_model,
+                   look_up, seeded, sorted_by_p)
 
 HERE = Path(__file__).parent
 SHAPES = {"tied, 2 of 4 heads": {},
           "untied, 1 of 4 heads": {"tie_word_embeddings": False, "num_key_value_heads": 1},
           "all heads, theta as newer files have it": {
               "rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
-              "num_key_value_heads": 4, "hidden_size": 48, "num_hidden_layers": 3}}
+              "num_key_value_heads": 4, "hidden_size": 48, "num_hidden_layers": 3}, **FAMILIES}
 PROMPTS = [[(i * i * 7 + s * 31) % 440 for i in range(n)] for s, n in enumerate((5, 17, 9, 12))]
 GREEDY, SAMPLED, PEAKED = (0.0, 1.0), (1.0, 0.9), (0.1, 0.9)        # (temperature, top_p)
 NEVER = frozenset()                                                 # no token ends a text
@@ -98,12 +100,38 @@ def test_greedy_text_equals_transformers(pair, tokenizer):
         assert row.ids == out and len(set(out)) > 2
 
 
+BARE = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 IDS = torch.tensor([[3, 141, 59, 26, 53, 58, 97, 93, 238, 46]])
 
 
 def test_logits_equal_the_golden_ones_of_transformers(model):
     golden = json.loads((HERE / "golden_logits.json").read_text())
     assert close(logits(model, IDS)[0, :, :32], torch.tensor(golden))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_familys_logits_equal_the_golden_ones_of_transformers(family, tmp_path):
+    golden = json.loads((HERE / "golden_families.json").read_text())[family]
+    ours = load_model(write_checkpoint(tmp_path, **FAMILIES[family]))
+    assert close(logits(ours, IDS)[0, :, :32], torch.tensor(golden))
+
+
+def test_what_a_config_leaves_unsaid_is_its_familys(tmp_path):
+    """Older files write null, or nothing; both spellings of Llama's scaling are one."""
+    def config(**said) -> ModelConfig:
+        (tmp_path / "config.json").write_text(json.dumps({**BARE, **said}))
+        return ModelConfig.from_folder(tmp_path)
+    qwen2, qwen3, llama = (config(model_type=name) for name in ("qwen2", "qwen3", "llama"))
+    assert (qwen2.attention_bias, qwen2.output_bias, qwen2.qk_norm) == (True, False, False)
+    assert (qwen3.attention_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+    assert (llama.attention_bias, llama.max_position_embeddings) == (False, 2048)
+    assert config(model_type="llama", head_dim=None, rope_scaling=None) == llama
+    scaling = {"rope_type": "llama3", **SCALING}
+    old, new = config(model_type="llama", rope_scaling=scaling), config(
+        model_type="llama", rope_theta=None, rope_parameters={"rope_theta": 1e6, **scaling})
+    older = config(model_type="llama", rope_scaling={"type": "llama3", **SCALING})
+    assert old == new == older != llama and old.rope_scaling == (8.0, 1.0, 4.0, 32.0)
 
 
 def gradients(model, prefix: int = 6) -> list[torch.Tensor]:
@@ -320,7 +348,10 @@ BROKEN = {      # a file, its bytes -> the broken ones (None: no such file), a w
     "no sizes": (CONFIG, lambda b: b"{}", "hidden_size"),
     "no epsilon": (CONFIG, lambda b: b.replace(b"rms_norm_eps", b"eps"), "rms_norm_eps"),
     "no theta": (CONFIG, lambda b: b.replace(b"rope_theta", b"theta"), "rope_theta"),
-    "another type": (CONFIG, lambda b: b.replace(b'"qwen2', b'"llama'), "'llama'"),
+    "another family": (CONFIG, lambda b: b.replace(b'"qwen2', b'"gemma2'),
+                       "'gemma2'; implemented is 'qwen2' or 'qwen3' or 'llama'"),
+    "scaling without its factor": (
+        CONFIG, lambda b: b.replace(b'"default"', b'"llama3"'), "no qwen2 model .'factor'"),
     "YaRN": (CONFIG, lambda b: b'{"rope_scaling": {"type": "yarn"}, ' + b[1:], "yarn"),
     "newer YaRN": (CONFIG, lambda b: b.replace(b'"default"', b'"yarn"'), "yarn"),
     "half a tokenizer": (TOKENIZER, lambda b: b[:99], TOKENIZER),
@@ -380,41 +411,93 @@ def test_a_fingerprint_notices_one_changed_bit_and_an_exchange_of_two_words(mode
 USER = {"role": "user", "content": "What is the weather?"}
 ASSISTANT = {"role": "assistant", "content": " \n"}
 STRANGE = "Ｚu\u0308rich 東京 👩‍👩‍👧 \u00a0\u200b\x00 \r\n\n it'S {{ 1 }} {% raw %}\n<tool_call>"
+TEMPLATES = {"qwen2": CHATML, "qwen3": CHATML, "llama": LLAMA3}     # the family's special tokens
 
 
-def template_ids(folder: Path, messages: list[dict], generate: bool) -> list[int]:
-    """The ids that transformers gives with Qwen2.5's own template."""
+@pytest.fixture(scope="module", params=TEMPLATES)
+def chats(request, tmp_path_factory):
+    """A family, its tokenizer, and what gives the ids of its own template in transformers."""
     pytest.importorskip("jinja2")
+    family, special = request.param, TEMPLATES[request.param]
+    folder = write_checkpoint(tmp_path_factory.mktemp("chats"), special, model_type=family)
+    name = {"qwen2": "qwen2.5", "llama": "llama3"}.get(family, family)
     theirs = pytest.importorskip("transformers").PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / TOKENIZER),
-        chat_template=(HERE / "qwen2.5_chat_template.jinja").read_text())
-    return theirs.apply_chat_template(messages, add_generation_prompt=generate, return_dict=False)
+        tokenizer_file=str(folder / TOKENIZER), bos_token=special[0],
+        chat_template=(HERE / f"{name}_chat_template.jinja").read_text())
+
+    def template_ids(messages: list[dict], generate: bool = False) -> list[int]:
+        return theirs.apply_chat_template(messages, add_generation_prompt=generate,
+                                          enable_thinking=False, return_dict=False)
+    return family, Tokenizer(folder), template_ids
 
 
 @pytest.mark.parametrize("system", ["", 'Say "hi"\tor \\n.', STRANGE])
-def test_chat_and_call_text_equal_the_checkpoints_own_template(system, tokenizer, checkpoint):
+def test_a_dialogue_is_token_for_token_that_of_the_checkpoints_own_template(system, chats):
+    """Qwen's templates write calls as we do; in Llama's our way of writing them is plain text."""
+    family, tokenizer, template_ids = chats
     calls = (Call("get_weather", {"city": "Zürich", "days": [3, None, True]}), Call("é", {}))
-    past = {"role": "assistant", "tool_calls": [vars(call) for call in calls], "content": ""}
+    past = {"role": "assistant", "content": call_text(calls)}
+    theirs = past if family == "llama" else {
+        "role": "assistant", "tool_calls": [vars(call) for call in calls], "content": ""}
     turns = [{"role": "system", "content": system}, USER, ASSISTANT, USER, past, USER,
              {"role": "system", "content": "A later one."}, {"role": "user", "content": STRANGE}]
-    ours = [turn | {"content": call_text(calls)} if turn is past else turn for turn in turns]
-    head, rest = tokenizer.chat(ours)
-    opening = [tokenizer.im_start, *tokenizer.encode("assistant\n")]
-    assert head == template_ids(checkpoint, turns[:1], False)
-    assert head + rest == template_ids(checkpoint, turns, True)
-    assert head + rest == template_ids(checkpoint, turns, False) + opening
+    as_theirs = [theirs if turn is past else turn for turn in turns]
+    head, rest = tokenizer.chat(turns)
+    assert head == template_ids(turns[:1])
+    assert head + rest == template_ids(as_theirs, True) != template_ids(as_theirs)
+
+
+def test_results_in_a_row_are_written_as_the_template_writes_them(chats):
+    """In Qwen's one turn of the user holds them; in Llama's each is a JSON string on its own."""
+    _, tokenizer, template_ids = chats
+    call, texts = {"role": "assistant", "content": '{"name": "f"}'}, ('{"a": 1}', STRANGE, " é\n")
+    start = [{"role": "system", "content": "Hi."}, USER, call]
+    results = [{"role": "tool", "content": text} for text in texts]
+    ours = [{"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"}
+            for text in texts]
+    for these in (range(3), range(1)):
+        theirs = [*start, *[results[i] for i in these], call, results[0], USER]
+        head, rest = tokenizer.chat([*start, *[ours[i] for i in these], call, ours[0], USER])
+        assert head + rest == template_ids(theirs, True)
 
 
 @pytest.mark.parametrize("begun", ["", 'Sure: {"name": "', STRANGE])
-def test_an_answer_is_begun_for_the_assistant(begun, tokenizer, checkpoint):
-    """The same ids as the checkpoint's own template has of the whole answer."""
+def test_an_answer_is_begun_for_the_assistant_and_ends_as_in_the_template(begun, chats):
+    """Also one that is learnt: with Qwen3's empty think block before it, which nobody writes."""
+    family, tokenizer, template_ids = chats
     asked = [{"role": "system", "content": "Say hi."}, USER, ASSISTANT, USER]
     head, rest = tokenizer.chat([*asked, {"role": "assistant", "content": begun}])
     before, opening = tokenizer.chat(asked)
     assert head == before and rest == opening + tokenizer.encode(begun)
+    assert (tokenizer.decode(opening).endswith("</think>\n\n")) == (family == "qwen3")
     whole = [*asked, {"role": "assistant", "content": begun + "x"}]
     known = len(head + rest) - 1                        # the last token may go on
-    assert (head + rest)[:known] == template_ids(checkpoint, whole, False)[:known]
+    assert (head + rest)[:known] == template_ids(whole)[:known]
+    answer = [*tokenizer.encode(begun + "x"), tokenizer.im_end]
+    learnt = before + opening + answer
+    assert learnt == template_ids(whole)[:len(learnt)] and tokenizer.im_end in tokenizer.eos
+
+
+def test_what_was_thought_before_a_past_answer_is_left_out_where_the_template_does_so(chats):
+    family, tokenizer, template_ids = chats
+    thought = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nHi."}
+    turns = [{"role": "system", "content": "Hi."}, USER, thought, USER]
+    head, rest = tokenizer.chat(turns)
+    assert head + rest == template_ids(turns, True)
+    assert ("Hm." in tokenizer.decode(rest)) == (family != "qwen3")
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_qwen3_whose_template_never_asks_whether_to_think_gets_no_think_block(where, tmp_path):
+    """As Qwen3-4B-Instruct-2507's."""
+    def opening(template: str) -> str:
+        text = template if where.endswith("jinja") else json.dumps({"chat_template": template})
+        (tmp_path / where).write_text(text)
+        tokenizer = Tokenizer(tmp_path)
+        return tokenizer.decode(tokenizer.chat([USER, USER])[1])
+    write_checkpoint(tmp_path, model_type="qwen3")
+    assert opening("{{ messages }}").endswith("<|im_start|>assistant\n")
+    assert opening("{% if enable_thinking %}").endswith("<think>\n\n</think>\n\n")
 
 
 def test_special_tokens_inside_a_text_are_plain_text(tokenizer):
@@ -428,7 +511,14 @@ def test_special_tokens_inside_a_text_are_plain_text(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"      # UTF-8 cannot hold it
 
 
+def golden(changes: dict) -> list[list[float]]:
+    """The first logits of transformers' for IDS."""
+    folder = write_checkpoint(Path(tempfile.mkdtemp()), **changes)
+    rows = transformers_model(folder)(IDS).logits[0, :, :32].tolist()
+    return [[round(x, 5) for x in row] for row in rows]
+
+
 if __name__ == "__main__":
-    golden = transformers_model(write_checkpoint(Path(tempfile.mkdtemp())))(IDS).logits[0, :, :32]
-    rows = [[round(x, 5) for x in row] for row in golden.tolist()]
-    (HERE / "golden_logits.json").write_text(json.dumps(rows) + "\n")
+    (HERE / "golden_logits.json").write_text(json.dumps(golden({})) + "\n")
+    families = {name: golden(changes) for name, changes in FAMILIES.items()}
+    (HERE / "golden_families.json").write_text(json.dumps(families) + "\n")
