@@ -226,7 +226,7 @@ def key_in(path: Path) -> dict:
 def forget(config: object, facts: dict) -> None:
     """Delete the kept lines of this configuration (--fresh): those of its benchmark and model whose
     key has its options and facts, whatever the code."""
-    known = {**vars(config), **facts}
+    known = json.loads(json.dumps({**vars(config), **facts}))       # as a file has it
 
     def agrees(key: dict) -> bool:
         own = all(key[name] == known[name] for name in key if name in known)
@@ -242,7 +242,7 @@ def other_keys(kept: Kept) -> list[str]:
     """How the kept lines that are there for this benchmark and model differ from those that are
     looked for: a sentence for each stage and difference."""
     said, folder = {}, Path(kept.config.out).parent
-    for name, key in kept.keys.items():
+    for name, key in json.loads(json.dumps(kept.keys)).items():         # as a file has it
         stem = name.rpartition("-")[0]
         for path in folder.glob(f"stages/{escape(stem)}-*.jsonl"):
             other = key_in(path)
