@@ -254,8 +254,8 @@ CAUSAL, ALL = "causal", "all"       # what a new token sees: itself and those be
 
 @dataclass
 class KVCache:
-    """Ids, keys and values of the tokens read so far. It alone knows the positions, so several can
-    live at once. A slot with the id PAD is a hole: nobody attends to it, and it takes no
+    """Ids, keys and values of the tokens read so far. Positions are the cache's, so several caches
+    can coexist. A slot with the id PAD is a hole: no token attends to it, and it takes no
     position."""
     ids: torch.Tensor | None = None                             # (rows, read)
     keys: list[torch.Tensor] = field(default_factory=list)      # a layer: (rows, groups, read, d)
@@ -271,10 +271,12 @@ class KVCache:
         self.length += new
         self.holes = self.holes or bool(hole.any())
         slot = torch.arange(self.length, device=ids.device)
-        # where padding stands behind the tokens alone, no token sees it: training keeps no mask
-        behind = past == 0 and not bool((hole[:, :-1] & ~hole[:, 1:]).any())
-        if behind or not self.holes and new == 1:
-            return slot[past:].expand(len(ids), new), ALL if new == 1 else CAUSAL
+        in_order = slot[past:].expand(len(ids), new)
+        if new == 1 and not self.holes:
+            return in_order, ALL
+        # padding that is only behind the tokens is seen by none of them: no mask is kept for it
+        if past == 0 and not bool((hole[:, :-1] & ~hole[:, 1:]).any()):
+            return in_order, CAUSAL
         there = self.ids != PAD
         positions = (there.cumsum(1) - 1)[:, past:].clamp(min=0)
         own = slot[past:, None]
@@ -457,7 +459,7 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
                         row.entropy.append(spread)
             unread = [row.write(token, tokenizer.eos, max_new_tokens)
                       for row, token in zip(rows, tokens)]
-            if unread[0] != looked_up[agreed:agreed + 1]:
+            if unread[0] != looked_up[agreed:agreed + 1]:       # [] behind the last: it differs
                 break
         if all([row.ended for row in rows]):
             break
@@ -499,7 +501,7 @@ class Decoded:
         return new or [PAD]
 
 
-LIKELY = 256            # tokens among which a nucleus is looked for first
+LIKELY = 256            # a nucleus is looked for among so many likely tokens first
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float,
