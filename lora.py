@@ -76,36 +76,58 @@ class LoRALinear(nn.Module):
         return torch.baddbmm(self.base(x), x @ A.mT, B.mT.expand(len(x), -1, -1), alpha=self.scale)
 
 
-def save_adapter(folder: Path, params: Params, alpha: float, row: int = 0) -> None:
-    """Write one row's adapter in the format of Hugging Face's peft."""
+def save_adapter(folder: Path, params: Params, alpha: float, base: str | Path,
+                 row: int = 0) -> None:
+    """Write one row's adapter in the format of Hugging Face's peft. base: the id or the folder of
+    the model that it belongs to, which peft and llama.cpp look for."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{PEFT}{name}.lora_{letter}.weight": tensor[row].detach().cpu().contiguous()
                for name, pair in params.items() for letter, tensor in zip("AB", pair)}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     rank = next(iter(params.values()))[0].shape[1]
     targets = sorted({name.rpartition(".")[2] for name in params})
+    base = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
     (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "", "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
         "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets},
         indent=2) + "\n")
 
 
+# what peft says of a LoRA that is more than B A x beside the base's own weights
+NOT_PLAIN = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "alpha_pattern",
+             "rank_pattern", "modules_to_save", "trainable_token_indices", "layer_replication",
+             "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config",
+             "monteclora_config", "velora_config", "fan_in_fan_out")
+
+
 def load_adapter(folder: Path, model: nn.Module) -> tuple[Params, float]:
-    """An adapter in peft's format as a batch of one, and its alpha. ValueError if it is damaged
-    or does not fit the model."""
+    """An adapter in peft's format as a batch of one, and its alpha. ValueError if it is damaged,
+    lacks a layer, is no plain LoRA on the model's own weights, or does not fit the model."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
         alpha, rank = float(config["lora_alpha"]), int(config["r"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder}: no adapter in peft's format ({error})") from error
-    other = [name for name in ("use_dora", "use_rslora", "alpha_pattern") if config.get(name)]
-    if other or config.get("bias", "none") != "none":
-        raise ValueError(f"{folder}: only plain LoRA is implemented, without {other or 'bias'}")
-    params = {}
+    other = [name for name in NOT_PLAIN if config.get(name)]
+    if kind != "LORA":
+        other.append(kind)
+    if start not in (True, False, None, "gaussian", "orthogonal", "eva"):   # PiSSA, OLoRA, LoftQ:
+        other.append(f"{start}, which changes the base")                    # B A is not all of it
+    if config.get("bias", "none") != "none":
+        other.append("bias")
+    if other:
+        raise ValueError(f"{folder}: only plain LoRA is implemented, without {', '.join(other)}")
+    params, whole = {}, ()              # endings of all layers that it adapts, where it says so
+    if isinstance(config.get("target_modules"), list) and not config.get("exclude_modules") \
+            and config.get("layers_to_transform") is None:
+        whole = tuple([f".{target}" for target in config["target_modules"]])
     for name, layer in model.named_modules():
         keys = [f"{PEFT}{name}.lora_{letter}.weight" for letter in "AB"]
         if not all(key in tensors for key in keys):
+            if f".{name}".endswith(whole):
+                raise ValueError(f"{folder}: the adapter lacks {name}, which it says to adapt")
             continue
         A, B = [tensors.pop(key) for key in keys]
         if (*A.shape, *B.shape) != (rank, layer.in_features, layer.out_features, rank):

@@ -52,6 +52,8 @@ class ModelConfig:
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Read config.json; ValueError if it describes what this file does not implement, and
         FileNotFoundError if there is none."""
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(why_unread(folder, "config.json", OSError()))
         try:
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             raw = {key: value for key, value in raw.items() if value is not None}
@@ -60,6 +62,9 @@ class ModelConfig:
             raw = {**FAMILIES.get(family, {}), **raw, **rope}       # newer files: theta is in rope
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: holds no JSON object ({error})") from error
+        if "quantization_config" in raw:
+            raise ValueError(f"{folder}: config.json says that the weights are quantised; pass the "
+                             "checkpoint in bfloat16, float16 or float32")
         ropes = ["default", "llama3"]
         implemented = {"model_type": [*FAMILIES], "hidden_act": ["silu"], "rope_type": ropes,
                        "type": ropes, "partial_rotary_factor": [1], "use_sliding_window": [False]}
@@ -349,44 +354,67 @@ class PackedLinear(nn.Linear):
 # ---------------------------------------------------------------------------------------- loading
 
 def find_checkpoint(name: str, offline: bool = False) -> Path:
-    """The folder of a checkpoint: `name` if it is one, else the hub's files for that id."""
+    """The folder of a checkpoint: `name` if it is one, else the hub's files for that id.
+    FileNotFoundError says whether the hub has none of that name or could not be reached."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download       # only here: it takes a second to import
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import (GatedRepoError, HFValidationError, HTTPError,
+                                        LocalEntryNotFoundError, RepositoryNotFoundError)
     try:
         return Path(snapshot_download(name, local_files_only=offline, allow_patterns=[
             "*.json", "*.jinja", "model*.safetensors"]))
-    except (HfHubHTTPError, OSError, ValueError) as error:      # ValueError: no such id can be
-        where = "the hub's cache (--offline forbids a download)" if offline else "the hub"
-        raise FileNotFoundError(f"{name}: no such folder, and not in {where}; pass a folder, an "
-                                "id as Qwen/Qwen2.5-1.5B-Instruct, or tiny (bundled)") from error
+    except HFValidationError:                                   # no such id can be
+        why = "and no id of the hub's, which is owner/name"
+    except GatedRepoError:
+        why = "and the hub asks for consent: give it on the model's page, and set HF_TOKEN"
+    except RepositoryNotFoundError:
+        why = "and the hub has none of that name (or shows it to its owner's HF_TOKEN alone)"
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        cause = type(error.__cause__ or error).__name__
+        why = f"not in the hub's cache, and the hub could not be reached ({cause})"
+        if offline:
+            why = "and not in the hub's cache (--offline forbids a download)"
+    raise FileNotFoundError(f"{name}: no such folder, {why}; pass a folder, an id as "
+                            "Qwen/Qwen2.5-1.5B-Instruct, or tiny (bundled)")
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu",
                dtype: torch.dtype = torch.float32, pack: bool = False) -> Qwen2:
-    """The model of a checkpoint folder, frozen. ValueError for a damaged file, for a missing, extra
-    or misshapen tensor, and for one that is not finite. pack: as `PackedLinear`, where that can
-    be."""
+    """The model of a checkpoint folder, frozen: of the files that its index names, else of
+    model.safetensors. ValueError for a damaged file, for a missing, extra or misshapen tensor, and
+    for one that is quantised or not finite. pack: as `PackedLinear`, where that can be."""
     with torch.device("meta"):
         model = Qwen2(ModelConfig.from_folder(folder))
-    tied, state = model.config.tie_word_embeddings, {}
-    for file in sorted(folder.glob("*.safetensors")):           # one, or the shards
+    index, names, state = folder / "model.safetensors.index.json", ["model.safetensors"], {}
+    try:
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: damaged ({error!r}); download it again") from error
+    for file in names:
         try:
-            tensors = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged ({error}); download it again") from error
+            tensors = load_file(folder / file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(why_unread(folder, file, error)) from error
         for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or tensor.element_size() < 2:
+                raise ValueError(f"{folder / file}: {name} is quantised ({tensor.dtype}); pass the "
+                                 "checkpoint in bfloat16, float16 or float32")
             state[name] = tensor.to(device, dtype, copy=True)
             if not state[name].isfinite().all():
-                raise ValueError(f"{file}: {name} holds numbers that are not finite")
-    if tied and state:
-        state["lm_head.weight"] = state.get("model.embed_tokens.weight")
-    try:
-        model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        what = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder}: no weights that fit config.json: {what}") from error
+                raise ValueError(f"{folder / file}: {name} holds numbers that are not finite")
+    embedding, tied = state.get("model.embed_tokens.weight"), model.config.tie_word_embeddings
+    if tied and embedding is not None:      # a head of its own beside "tied" is used, if it differs
+        tied = torch.equal(state.setdefault("lm_head.weight", embedding), embedding)
+    wanted = model.state_dict()
+    for name in [*wanted, *state]:
+        there = list(state[name].shape) if name in state else "missing"
+        asked = list(wanted[name].shape) if name in wanted else "no such tensor"
+        if there != asked:
+            raise ValueError(f"{folder}: {name} is {there}, and config.json asks for {asked}; are "
+                             "the weights and config.json of one checkpoint?")
+    model.load_state_dict(state, strict=True, assign=True)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.requires_grad_(False)
@@ -396,6 +424,26 @@ def load_model(folder: Path, device: str | torch.device = "cpu",
                 if type(layer) is nn.Linear:
                     setattr(parent, name, PackedLinear(layer))
     return model
+
+
+def why_unread(folder: Path, file: str, error: Exception) -> str:
+    """What is wrong with a checkpoint's file that could not be read, and what to do."""
+    if (folder / file).is_file():
+        with (folder / file).open("rb") as opened:
+            if opened.read(40).startswith(b"version https://git-lfs"):
+                return f"{folder / file}: a Git LFS pointer; run git lfs pull in that repository"
+        return f"{folder / file}: damaged ({error}); download it again"
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder}: a LoRA adapter without its base, no {file}; pass the base model"
+    if file not in ("config.json", "model.safetensors"):
+        return f"{folder / file}: missing, though the index names it; download this shard, too"
+    for pattern, advice in (("*.gguf", "pass the checkpoint that it was made of"),
+                            ("*.bin", "pass a revision with safetensors: a .bin can run code"),
+                            ("*-of-*.safetensors", "download model.safetensors.index.json, too"),
+                            ("*.safetensors", "if these are the weights, give them that name")):
+        for other in sorted(folder.glob(pattern)):
+            return f"{folder}: no {file}, but {other.name}; {advice}"
+    return f"{folder}: no {file}: this is no checkpoint, or not all of it, or no safetensors"
 
 
 def can_pack(dtype: torch.dtype) -> bool:

@@ -39,7 +39,10 @@ class Tokenizer:
         try:
             self.bpe = BPE.from_file(str(folder / "tokenizer.json"))
         except Exception as error:              # the library raises nothing narrower
-            raise ValueError(f"{folder}: no readable tokenizer.json ({error})") from error
+            raise ValueError(f"{folder}: no readable tokenizer.json ({error}); in a Git repository "
+                             "run git lfs pull") from error
+        self.bpe.no_truncation()                # which a file may ask for, since it was saved so
+        self.bpe.no_padding()
         said, jinja = {}, folder / "chat_template.jinja"
         for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
             try:
@@ -66,8 +69,9 @@ class Tokenizer:
                              "(<|start_header_id|>, <|end_header_id|>, <|eot_id|>)")
         self.im_start, = self.special[self.format.turn[0]]      # begins a turn, in any format
         self.im_end, = [*self.special.values()][-1]             # ends it
-        eos = said.get("eos_token_id") or self.im_end
-        self.eos: frozenset[int] = frozenset(eos if isinstance(eos, list) else [eos])
+        eos = said.get("eos_token_id") or []    # of a base model it may lack the turn's end
+        eos = eos if isinstance(eos, list) else [eos]
+        self.eos: frozenset[int] = frozenset([*eos, self.im_end])
         whole = self.bpe.to_str() + str(sorted(self.eos)) + str(self.format)
         self.digest = hashlib.sha256(whole.encode()).hexdigest()
         self.beginnings: dict[str, list[int]] = {}

@@ -1,5 +1,6 @@
 """lora.py against Hugging Face's peft (where it is installed), a batch of adapters against each
 alone, and the reset."""
+import json
 from contextlib import suppress
 
 import pytest
@@ -44,10 +45,12 @@ def test_outputs_gradients_and_an_adamw_step_equal_pefts_which_reads_and_writes_
     model = load_model(checkpoint)
     params, ids = trained(model, ROWS), tokens()
     ours, pefts = tmp_path / "new" / "ours", tmp_path / "pefts"
-    save_adapter(ours, params, ALPHA, row=1)
+    save_adapter(ours, params, ALPHA, checkpoint, row=1)
     base = transformers_model(checkpoint)
     theirs = peft.PeftModel.from_pretrained(base, ours, is_trainable=True)
     theirs.save_pretrained(pefts)
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(ours, dtype=torch.float32)
+    assert near(alone(ids).logits, theirs(ids).logits)          # which finds the base by itself
     for folder in (ours, pefts):
         loaded, alpha = load_adapter(folder, model)
         assert alpha == ALPHA and loaded.keys() == params.keys()
@@ -147,17 +150,37 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BROKEN = {      # a file, its bytes -> the broken ones, a word of the message
     "another width": (WEIGHTS, lambda b: save(load(b) | {Q: torch.ones(RANK, 31)}), "q_proj"),
     "half a pair": (WEIGHTS, lambda b: save({Q: load(b)[Q]}), "q_proj"),
+    "a layer less": (WEIGHTS, lambda b: save(
+        {name: t for name, t in load(b).items() if "layers.1.mlp.up_proj" not in name}),
+        "lacks model.layers.1.mlp.up_proj"),
     "an unknown layer": (WEIGHTS, lambda b: save(load(b) | {"c_attn": torch.ones(1)}), "c_attn"),
     "half a file": (WEIGHTS, lambda b: b[:len(b) // 2], "peft"),
     "no alpha": (CONFIG, lambda b: b.replace(b"lora_alpha", b"alpha"), "lora_alpha"),
     "DoRA": (CONFIG, lambda b: b.replace(b"{", b'{"use_dora": true,'), "plain LoRA"),
     "trained biases": (CONFIG, lambda b: b.replace(b'"none"', b'"all"'), "plain LoRA"),
+    "PiSSA": (CONFIG, lambda b: b.replace(b"{", b'{"init_lora_weights": "pissa_niter_4",'),
+              "plain LoRA.*pissa_niter_4, which changes the base"),
+    "OLoRA": (CONFIG, lambda b: b.replace(b"{", b'{"init_lora_weights": "olora",'), "olora"),
+    "aLoRA": (CONFIG, lambda b: b.replace(b"{", b'{"alora_invocation_tokens": [1, 2],'), "alora"),
+    "IA3": (CONFIG, lambda b: b.replace(b'"LORA"', b'"IA3"'), "plain LoRA.*IA3"),
+    "a whole layer beside": (CONFIG, lambda b: b.replace(b"{", b'{"modules_to_save": ["lm_head"],'),
+                             "modules_to_save"),
 }
 
 
 @pytest.mark.parametrize("file, damage, word", BROKEN.values(), ids=BROKEN)
 def test_an_adapter_that_is_damaged_or_does_not_fit_is_refused(file, damage, word, model, tmp_path):
-    save_adapter(tmp_path, trained(model), ALPHA)
+    save_adapter(tmp_path, trained(model), ALPHA, "org/base")
     (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
     with pytest.raises(ValueError, match=word):
         load_adapter(tmp_path, model)
+
+
+def test_an_adapter_on_some_layers_alone_or_drawn_otherwise_is_plain_lora(model, tmp_path):
+    params = {name: pair for name, pair in trained(model).items() if "layers.1" in name}
+    save_adapter(tmp_path, params, ALPHA, "org/base")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+    config |= {"layers_to_transform": [1], "init_lora_weights": "gaussian", "use_dora": False}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert load_adapter(tmp_path, model)[0].keys() == params.keys()

@@ -4,13 +4,15 @@ import json
 import re
 import tempfile
 from copy import copy
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from safetensors.torch import load, load_file, save, save_file
 
-from conftest import (CHATML, FAMILIES, LLAMA3, SCALING, logits,
+from conftest import (CHATML, FAMILIES, LLAMA3, SCALING, logits, train_tokenizer,
                       transformers_model, write_checkpoint)
 from data.calls import Call, call_text
 from data.chat import Tokenizer
@@ -341,7 +343,7 @@ BROKEN = {      # a file, its bytes -> the broken ones (None: no such file), a w
     "an extra tensor": (WEIGHTS, lambda b: save(load(b) | {"more": torch.ones(1)}), "more"),
     "a misshapen tensor": (WEIGHTS, lambda b: save(load(b) | {NORM: torch.ones(3)}), r"\[3\]"),
     "half a file": (WEIGHTS, lambda b: b[:20000], WEIGHTS),
-    "no weights": (WEIGHTS, None, "no weights|no safetensors"),
+    "no weights": (WEIGHTS, None, "no model.safetensors"),
     "no config": (CONFIG, None, CONFIG),
     "half a config": (CONFIG, lambda b: b[:30], CONFIG),
     "a list for a config": (CONFIG, lambda b: b"[1]", CONFIG),
@@ -373,15 +375,115 @@ def test_a_broken_checkpoint_is_one_sentence_that_names_the_fault(file, damage, 
     assert "\n" not in str(caught.value)
 
 
-def test_shards_equal_the_single_file(tmp_path):
-    whole = load_model(write_checkpoint(tmp_path))
-    state = [*load_file(tmp_path / WEIGHTS).items()]
-    (tmp_path / WEIGHTS).unlink()
-    for i in (0, 1):
-        save_file(dict(state[i::2]), tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
-    shards = load_model(tmp_path)
-    assert fingerprint(shards) == fingerprint(whole)
-    assert not any(p.requires_grad for p in shards.parameters())
+INDEX = "model.safetensors.index.json"
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+
+
+def in_shards(folder: Path) -> Path:
+    """A checkpoint in two files and their index."""
+    state, places = [*load_file(write_checkpoint(folder) / WEIGHTS).items()], {}
+    (folder / WEIGHTS).unlink()
+    for i, shard in enumerate(SHARDS):
+        save_file(dict(state[i::2]), folder / shard)
+        places |= {name: shard for name, _ in state[i::2]}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def test_what_the_index_names_is_loaded_else_model_safetensors_and_nothing_beside(tmp_path):
+    """Beside them: another model's shard, its whole weights, an adapter's."""
+    whole = load_model(write_checkpoint(tmp_path / "whole"))
+    others = {name: 9 * tensor for name, tensor in load_file(tmp_path / "whole" / WEIGHTS).items()}
+    for folder in (tmp_path / "whole", in_shards(tmp_path / "shards")):
+        for name in ("consolidated", "model-00001-of-00003", "adapter_model"):
+            save_file(others, folder / f"{name}.safetensors")
+        loaded = load_model(folder)
+        assert fingerprint(loaded) == fingerprint(whole)
+        assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0], ids=["a copy", "its own"])
+def test_a_head_beside_tied_embeddings_is_used(factor, tmp_path):
+    """transformers 5 writes and reads such files; what is a copy stays tied."""
+    state = load_file(write_checkpoint(tmp_path) / WEIGHTS)
+    head = factor * state[HEAD].flip(0) if factor > 1 else state[HEAD].clone()
+    save_file(state | {"lm_head.weight": head}, tmp_path / WEIGHTS, {"format": "pt"})
+    ours = load_model(tmp_path)
+    assert torch.equal(ours.lm_head.weight, head)
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == (factor == 1)
+    assert close(logits(ours, IDS), transformers_model(tmp_path)(IDS).logits)
+
+
+def test_theta_of_the_rope_parameters_goes_before_one_beside_them(tmp_path):
+    ours = write_checkpoint(tmp_path, rope_theta=7.0, rope_parameters={"rope_theta": 1e4})
+    assert load_model(ours).config.rope_theta == 1e4
+    assert close(logits(load_model(ours), IDS), transformers_model(ours)(IDS).logits)
+
+
+def emptied(folder: Path, *names: str) -> Path:
+    """The folder without its weights, and with files of these names."""
+    (folder / WEIGHTS).unlink()
+    for name in names:
+        (folder / name).write_text("{}")
+    return folder
+
+
+def quantised(folder: Path, dtype: torch.dtype) -> None:
+    state = load_file(folder / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(state | {name: state[name].to(dtype)}, folder / WEIGHTS)
+
+
+WRONG = {       # what is done to a checkpoint's folder, a word of the message
+    "a shard less": (lambda f: (in_shards(f) / SHARDS[1]).unlink(),
+                     f"{SHARDS[1]}: missing, though the index names it; download"),
+    "shards without an index": (lambda f: (in_shards(f) / INDEX).unlink(), f"download {INDEX}"),
+    "half an index": (lambda f: (in_shards(f) / INDEX).write_text("{"), f"{INDEX}: damaged"),
+    "only pickles": (lambda f: emptied(f, "pytorch_model.bin"), "pytorch_model.bin; pass a rev"),
+    "only GGUF": (lambda f: emptied(f, "q4.gguf"), "q4.gguf; pass the checkpoint"),
+    "weights of another name": (lambda f: (f / WEIGHTS).rename(f / "consolidated.safetensors"),
+                                "consolidated.safetensors; if these"),
+    "an adapter": (lambda f: (emptied(f, "adapter_config.json") / CONFIG).unlink(),
+                   "a LoRA adapter without its base"),
+    "an adapter beside a config": (lambda f: emptied(f, "adapter_config.json"), "without its base"),
+    "a Git LFS pointer": (lambda f: (f / WEIGHTS).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git lfs pull"),
+    "said to be quantised": (lambda f: (f / CONFIG).write_text(json.dumps(
+        BARE | {"quantization_config": {"quant_method": "gptq"}})), "quantised; pass the check"),
+    "weights in int8": (lambda f: quantised(f, torch.int8), "quantised .*int8.; pass"),
+    "weights in FP8": (lambda f: quantised(f, torch.float8_e4m3fn), "quantised .*float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("spoil, word", WRONG.values(), ids=WRONG)
+def test_a_wrong_folder_is_one_sentence_that_names_the_case_and_what_to_do(spoil, word, tmp_path):
+    spoil(write_checkpoint(tmp_path))
+    with pytest.raises((ValueError, FileNotFoundError), match=word) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_the_end_of_a_turn_ends_an_answer_whatever_the_configs_say(tmp_path):
+    """A base model's generation_config names the end of a text alone."""
+    end, turn = [train_tokenizer().token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>")]
+    write_checkpoint(tmp_path)
+    for said, eos in ((end, {end, turn}), ([end], {end, turn}), (None, {turn}), (turn, {turn})):
+        (tmp_path / GENERATION).write_text(json.dumps({"eos_token_id": said}))
+        assert Tokenizer(tmp_path).eos == eos
+    (tmp_path / GENERATION).unlink()
+    config = json.loads((tmp_path / CONFIG).read_text()) | {"eos_token_id": end}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert Tokenizer(tmp_path).eos == {end, turn}
+
+
+def test_no_prompt_is_cut_or_padded_by_what_tokenizer_json_asks_for(tmp_path, tokenizer):
+    bpe = train_tokenizer()
+    bpe.enable_truncation(4)
+    bpe.enable_padding(length=64)
+    bpe.save(str(write_checkpoint(tmp_path) / TOKENIZER))
+    assert Tokenizer(tmp_path).encode(STRANGE) == tokenizer.encode(STRANGE)
+    assert len(tokenizer.encode(STRANGE)) > 64 and len(Tokenizer(tmp_path).encode("a")) == 1
+    assert Tokenizer(tmp_path).digest == tokenizer.digest
 
 
 def test_a_hub_id_is_found_in_the_local_cache_without_a_network(tmp_path, monkeypatch):
@@ -393,6 +495,39 @@ def test_a_hub_id_is_found_in_the_local_cache_without_a_network(tmp_path, monkey
     for name in ("org/other", "other", "./org/name", "a/b/c", "org/na me"):
         with pytest.raises(FileNotFoundError, match=name):
             find_checkpoint(name, offline=True)
+
+
+class NoSuchModel(BaseHTTPRequestHandler):
+    """A hub that has none of a name, or gives it to some alone."""
+    def do_GET(self):
+        self.send_response(403 if "gated" in self.path else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if "gated" in self.path else "RepoNotFound")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_model_that_cannot_be_found_says_whether_the_hub_was_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="could not be reached .OfflineModeIsEnabled"):
+        find_checkpoint("org/name")
+    with pytest.raises(FileNotFoundError, match="org/na me: no such folder, and no id of the hub"):
+        find_checkpoint("org/na me")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = HTTPServer(("127.0.0.1", 0), NoSuchModel)
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
+    Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(FileNotFoundError, match="the hub has none of that name"):
+        find_checkpoint("org/name")
+    with pytest.raises(FileNotFoundError, match="the hub asks for consent"):
+        find_checkpoint("org/gated")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(FileNotFoundError, match="the hub could not be reached"):
+        find_checkpoint("org/name")
 
 
 def test_a_fingerprint_notices_one_changed_bit_and_an_exchange_of_two_words(model, checkpoint):
