@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
 from threading import Event
@@ -280,14 +280,12 @@ class Prompt:
     form: Form = Form()         # what follows, and is returned; without blanks it is free
 
 
-# (prompts, limit in tokens, temperature, top_p, each prompt's seed) -> a text for each prompt; it
-# begins with the form's start
-Writer = Callable[[Sequence[Prompt], int, float, float, Sequence[tuple]], list[str]]
-
-
 @dataclass(frozen=True)
 class LocalWriter:
-    """The model itself, or a teacher that is loaded beside it. All texts are one batch."""
+    """The model itself, or a teacher that is loaded beside it. All texts are one batch.
+
+    A writer takes prompts, a limit in tokens, temperature, top_p and a key to draw by for each
+    prompt; it returns a text for each, which begins with the start of the prompt's form."""
     model: Qwen2
     tokenizer: Tokenizer
     prefixes: PrefixCaches
@@ -447,3 +445,6 @@ def said_in(response: object) -> str:
     line = " ".join(str(body).replace(":", ",").split())[:100]
     secret = os.environ.get("OPENAI_API_KEY", "").strip()
     return line.replace(secret, "...") if secret else line
+
+
+Writer = LocalWriter | ServerWriter     # by its name here their code is in the key of G

@@ -389,6 +389,8 @@ def set_up(config: Config, task: Task = CALLING,
            samples: Sequence[Sample] | None = None) -> tuple[Agent, list[Sample]]:
     """Load the samples (or take these) and the model, and say which. ValueError or OSError, in one
     sentence, for bad input."""
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {config.device}: torch finds no GPU here; use --device cpu")
     what = "bundled samples, not the benchmark" if config.data == "bundled" else "the real samples"
     what = f"{len(samples)} samples of its own" if samples else what
     print(f"{config.bench}: {config.model} on {what}; {config.device}, {config.dtype}   (--model, "

@@ -205,6 +205,7 @@ EDITS = [   # file, old, new -> what is computed anew: H, G, T, (a)sks, t(r)ies
     ("train.py", "0.5 * (1 + math.cos(math.pi", "0.6 * (1 + math.cos(math.pi", "T"),
     ("augment.py", "TRIES = 3 ", "TRIES = 4 ", "G"),
     ("augment.py", "MAX_CALL_TOKENS = 192", "MAX_CALL_TOKENS = 193", "r"),
+    ("augment.py", "prompt.form.start + row.text", "row.text", "r"),
     ("data/__init__.py", "Answer with nothing but", "Answer with only", "a"),
     ("data/calls.py", "MAX_DEPTH = 32 ", "MAX_DEPTH = 31 ", "r"),
     ("lora.py", "A = torch.stack(rows) * 2", "A = torch.stack(rows) * 3", "T"),
@@ -618,6 +619,14 @@ def test_weights_that_are_not_finite_are_named_before_the_first_sample(tmp_path,
     save_file(tensors, path)
     assert main(argv(tmp_path, model=path.parent)) == 2
     assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    def never(*_): raise AssertionError("the samples were looked for")
+    monkeypatch.setattr(train.data, "load", never)
+    assert main(argv(tmp_path, device="cuda")) == 2
+    assert "--device cuda:0: torch finds no GPU here" in capsys.readouterr().err
 
 
 def test_under_torchrun_a_gpu_for_each_process(monkeypatch):
