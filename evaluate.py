@@ -6,6 +6,7 @@
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -88,7 +89,8 @@ def join(run: Run) -> None:
     print(table([run]))
     changed = [record for record in run.records if record.base.exact != record.answer.exact]
     for record in [*changed, *run.records][:1]:
-        print(f"Next: python evaluate.py {run.folder} --sample {record.id}    tells its story.")
+        command = shlex.join(["python", "evaluate.py", str(run.folder), "--sample", record.id])
+        print(f"Next: {command}    tells its story.")
 
 
 # --- The table: one line a run --------------------------------------------------------------------
