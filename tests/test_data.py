@@ -101,21 +101,32 @@ def test_a_full_json_schema_is_flattened_but_not_parameters_of_its_names(tmp_pat
     assert flat.tools == (TOOL | {"required": ["x"]},) and kept.tools[0]["parameters"] == odd
 
 
-@pytest.mark.parametrize("marked, required", [
-    (TOOL, set()), (TOOL | {"parameters": {"x": {}}, "required": ["x"]}, set()),
-    (TOOL | {"parameters": {"x": {}}}, {"y"})])
-def test_a_tool_without_marks_requires_nothing_beside_tools_with_marks(marked, required, tmp_path):
-    bare = {"name": "g", "parameters": {"y": {"type": "string"}}}
-    first, second = loaded(tmp_path, {"tools": [bare]}, {"tools": [marked]})
-    assert required_arguments(first.tools[0]) == required
+BARE = {"name": "g", "parameters": {"y": {"type": "string"}}}
+
+
+@pytest.mark.parametrize("marked", [
+    TOOL, TOOL | {"parameters": {"x": {}}, "required": ["x"]}, TOOL | {"parameters": {"x": {}}}])
+def test_one_tools_marks_change_no_others(marked, tmp_path):
+    """In the files of ToolAlpaca and NexusRaven, which mark what is required, else nothing is."""
+    first, second = loaded(tmp_path, {"tools": [BARE]}, {"tools": [marked]})
+    assert required_arguments(first.tools[0]) == {"y"}
     assert required_arguments(second.tools[0]) == {"x"}
+    for bench, name in (("toolalpaca", "toolalpaca.json"), ("nexusraven", "NexusRaven.json")):
+        theirs, = load(bench, write(tmp_path / name, [ITEM | {"tools": [BARE]}]))
+        assert theirs.tools == ({**BARE, "description": "", "required": []},)
 
 
-def test_what_is_no_candidate_is_left_out(tmp_path):
-    tools = [TOOL | {"return": {}, "desc_for_search": "d"}, {"name": "note", "description": "-"},
+def test_a_tool_without_parameters_is_offered_and_only_toolalpacas_components_are_not(
+        tmp_path, capsys):
+    tools = [TOOL | {"return": {}, "desc_for_search": "d"}, {"name": "note", "description": None},
              {"name": "components", "parameters": {}}, {"name": "g", "parameters": {}}]
     kept = loaded(tmp_path, {"tools": tools})[0].tools
-    assert [tool["name"] for tool in kept] == ["f", "g"] and kept[0] == TOOL
+    assert [tool["name"] for tool in kept] == ["f", "note", "components", "g"]
+    assert kept[:2] == (TOOL, {"name": "note", "description": "", "parameters": {}})
+    assert capsys.readouterr().out == ""
+    theirs, = load("toolalpaca", write(tmp_path / "t.json", [ITEM | {"tools": tools}]))
+    assert [tool["name"] for tool in theirs.tools] == ["f", "note", "g"]
+    assert "t.json: `components` is no tool (1 times)" in capsys.readouterr().out
 
 
 DIALOGUE = turns(("user", "Book it.\nPlease"), ("agent", "When?"), ("assistant", PAST),
@@ -166,14 +177,14 @@ def test_an_assistants_turn_that_is_no_list_of_calls_stays_text(content, tmp_pat
     ({"tools": [TOOL | {"parameters": {"x": "string"}}]}, "f: parameter 'x' is not an object"),
     ({"tools": [TOOL | {"required": "x"}]}, "f: 'required' is of a wrong type"),
     ({"answers": ["f"]}, ": answer 0: not an object"),
-    ({"answers": [ANSWER, {"name": "f"}]}, ": answer 1: no name or no arguments")])
+    ({"answers": [ANSWER, {"arguments": {}}]}, ": answer 1: no name or no arguments")])
 def test_a_faulty_item_is_named_with_its_file_and_index(changes, message, tmp_path):
     with pytest.raises(ValueError, match=rf"own\.json, item 1.*{message}.*--data"):
         loaded(tmp_path, {}, changes)
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"[7]", "item 0: 'query' is missing"), (b'[\n{"query": "q",\n}]', "as JSON .*line 3"),
+    (b"[7]", "item 0: no known shape"), (b'[\n{"query": "q",\n}]', "as JSON .*line 3"),
     (b"{}", "not a list of samples"), (b"[]", ", or an empty one"), (b"\xff[]", "as JSON .*utf-8"),
     (b'["\\ud800"]', "as JSON .*surrogates"), (b"[NaN]", "read and written as JSON"),
     (b"[" * 200_000, "as JSON .*recursion"), (b"[" + b"9" * 5000 + b"]", "as JSON .*digits")])
