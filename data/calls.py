@@ -114,11 +114,10 @@ def _json_calls(text: str) -> tuple[list[Call], str]:
             keys = item.keys() - {"id", "type"}
             parts = {_KEYS.get(key): item[key] for key in keys}
             name, arguments = parts.get("name"), parts.get("arguments")
-            if isinstance(arguments, str) and arguments.strip():
-                arguments = _read(arguments.strip())[0] or "not read"
-            if is_named and arguments in (None, ""):
-                parts["arguments"] = arguments = {}
-                keys = parts.keys() if len(keys) == 1 else keys
+            if is_named and parts.keys() <= {"name", "arguments"} and arguments in (None, ""):
+                arguments, keys = {}, ["name", "arguments"][:len(keys) + 1]
+            if isinstance(arguments, str):
+                arguments = _read(arguments.strip())[0]
             if len(keys) != 2 or not (name and isinstance(name, str)
                                       and isinstance(arguments, dict)):
                 raise ValueError("not a name and arguments")
@@ -186,11 +185,12 @@ def _near_json(text: str) -> str:
     """JSON of a list or object in JSON's notation or Python's, or in a mixture of both: with either
     quotes, True or true, None or null, a comma before the end; between double quotes with raw line
     ends, and backslashes that JSON does not know. ValueError for anything else."""
-    parts, end = [], 0
+    parts, end, before = [], 0, "["
     for piece in _PIECE.finditer(text):
-        if piece.start() != end:
+        if piece.start() != end or piece[4] and before in "[{,":
             break
         end, inner, word = piece.end(), piece[0][1:-1], piece[2]
+        before = piece[0].strip() or before
         if piece[1]:
             odd = "\0" in inner or any([escape[1] for escape in _ESCAPE.finditer(inner)])
             if odd and piece[0][0] == "'":
@@ -383,34 +383,40 @@ def _given(call: Call, tool: dict) -> dict:
 
 def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashable]:
     """What a value means under its schema, as (kind, content): ("number", Decimal("5")) for 5, 5.0
-    and "5". Where a string is declared, other values are their JSON text. Booleans are never
-    numbers."""
+    and "5". Where a string is declared, other values are their text. Booleans are never numbers."""
     kind, schema, _ = type_of(schema)
     if isinstance(value, str):                  # read as what is declared, or what it looks like
         value = unicodedata.normalize("NFC", value).strip()
         is_nested = kind in ("array", "object") or kind == "string" and value[:1] in ("[", "{")
         nested, is_json = _read(value) if is_nested else (None, False)
-        if kind in ("integer", "number", "") and re.fullmatch(_NUMBER, value):
-            value = Decimal(value) if kind else NumberText(value)
+        if kind in ("integer", "number", "string", "") and re.fullmatch(_NUMBER, value):
+            value = Decimal(value) if kind in ("integer", "number") else \
+                Spelled(Decimal(value), frozenset([value]))
         elif kind in ("boolean", "string", "") and value.lower() in ("true", "false"):
             value = value.lower() == "true"
         elif isinstance(nested, {"array": list, "object": dict}.get(kind, (list, dict))) \
                 and (is_json or kind != "string"):
             value = nested
-    if kind == "string" and value is not None and not isinstance(value, str):
-        return "string", text_of(value)
-    if isinstance(value, float):                # as a number, NaN would not equal itself
-        value = Decimal(repr(value)) if math.isfinite(value) else str(value)
-    if isinstance(value, str):
+    if isinstance(value, float) and not math.isfinite(value):       # NaN would not equal itself
+        value = str(value)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = Decimal(repr(value) if isinstance(value, float) else value)
+        plain, texts = f"{number:f}".removesuffix(".0"), frozenset()
+        if kind == "string":
+            texts = frozenset([plain, repr(value) if isinstance(value, float) else plain])
+        value = Spelled(number, texts) if kind in ("string", "") else number
+    if value is None or depth == MAX_DEPTH:     # deeper was not read from a text; not looked at
+        found, content = "null", None
+    elif kind == "string":
+        found, content = "string", value
+        if not isinstance(value, (str, Spelled)):
+            content = unicodedata.normalize("NFC", as_json(value, sort_keys=True))
+    elif isinstance(value, str):
         found, content = "string", value
     elif isinstance(value, bool):
         found, content = "boolean", value
-    elif isinstance(value, NumberText):
+    elif isinstance(value, (Decimal, Spelled)):
         found, content = "number", value
-    elif isinstance(value, (int, Decimal)):
-        found, content = "number", Decimal(value)
-    elif value is None or depth == MAX_DEPTH:   # deeper was not read from a text; not looked at
-        found, content = "null", None
     elif isinstance(value, dict):
         found, inner = "object", schema.get("properties")
         inner = inner if isinstance(inner, dict) else {}
@@ -422,24 +428,15 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
 
 
 @dataclass(frozen=True, eq=False)
-class NumberText:
-    """A text that looks like a number, where no type is declared: "5" is 5, but not "5.0"."""
-    text: str
+class Spelled:
+    """A number where none is declared. Texts are equal only if spelled alike: "5" is not "5.0", but
+    without a type the number 5 is both, and under a string 5.0 is both."""
+    number: Decimal
+    texts: frozenset[str]       # the texts that it may be; empty: any
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, NumberText):
-            return self.text == other.text
-        return Decimal(self.text) == other
+        return isinstance(other, Spelled) and self.number == other.number and not (
+            self.texts and other.texts and self.texts.isdisjoint(other.texts))
 
     def __hash__(self) -> int:
-        return hash(Decimal(self.text))
-
-
-def text_of(value: object) -> str:
-    """A value that is no text as one: 3.0 is "3.0", and [1,2] is "[1, 2]"."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{Decimal(value):f}"            # str() refuses very long ones
-    try:
-        return unicodedata.normalize("NFC", json.dumps(value, ensure_ascii=False, sort_keys=True))
-    except RecursionError:                      # it was not read from a text
-        return "..."
+        return hash(self.number)
