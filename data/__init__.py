@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.calls import marked_arguments
-from data.formats import SHAPES, json_lines, of_none
+from data.formats import KNOWN, SHAPES, json_lines, of_none
 from data.runs import Verdict, code_digest
 
 
@@ -134,8 +134,7 @@ def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
             raise ValueError(f"{path}, item {i}: {error}; {mend}") from None
         id = item.get("id")
         ids.append(str(id) if isinstance(id, (str, int)) and id != "" else f"{bench}-{i}")
-        said.update(found[-1].left_out + [f"{key!r} is not read" for key in keys
-                                          if key not in found[-1].reads])
+        said.update([*found[-1].left_out, *[f"{key!r} is not read" for key in sorted(keys - KNOWN)]])
         if bench == "toolalpaca":
             # ours: left out are ToolAlpaca's entries `components` (the layout of the results).
             tools = [t for t in found[-1].tools if t["name"] != "components" or t["parameters"]]

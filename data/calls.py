@@ -259,22 +259,20 @@ def misfit(value: object, schema: dict, depth: int = 0) -> str:
         found = "integer"
     if kind not in ("", found) or kind == "string" and isinstance(value, (list, dict)):
         return "wrong type"
-    if isinstance(schema.get("enum"), list) \
-            and key not in [value_key(each, schema) for each in schema["enum"]]:
+    enum, parts = schema.get("enum"), []
+    if isinstance(enum, list) and key not in [value_key(each, schema) for each in enum]:
         return "not in the enum"
-    value = _read(value.strip())[0] if kind in ("array", "object") and isinstance(value, str) \
-        else value
-    parts = []
-    if kind == "array":
-        parts = [(item, items_of(schema)) for item in value] if items_of(schema) else []
+    if kind in ("array", "object") and isinstance(value, str):
+        value = _read(value.strip())[0]
+    if kind == "array" and items_of(schema):
+        parts = [(item, items_of(schema)) for item in value]
     elif kind == "object" and isinstance(schema.get("properties"), dict):
         for name, inner in schema["properties"].items():
-            if name in value:
-                parts.append((value[name], inner))
-            elif name in (schema.get("required") or ()) and not type_of(inner)[2]:
+            if name in (schema.get("required") or ()) and name not in value \
+                    and not type_of(inner)[2]:
                 return "missing inside"
-    problems = [misfit(part, inner, depth + 1) for part, inner in parts]
-    return next(filter(None, problems), "")
+            parts += [(value[name], inner)] if name in value else []
+    return next(filter(None, [misfit(*part, depth + 1) for part in parts]), "")
 
 
 def required_arguments(tool: dict) -> frozenset[str]:
@@ -307,46 +305,30 @@ _KINDS = {"string": "string", "str": "string", "integer": "integer", "int": "int
 
 def type_of(schema: object) -> tuple[str, dict, bool]:
     """A declared type: its kind, as "array" for `list(str)`, "" if none is understood (any fits);
-    the schema, of several branches the one that is not null; and whether it may be null."""
-    schema, nullable = schema if isinstance(schema, dict) else {}, False
+    the schema, of several branches the one that is not null; and whether it may be null, as in
+    {"type": ["integer", "null"]}, "anyOf", `Optional[int]`, `int | None`, "int, optional"."""
+    schema, nullable, is_union = schema if isinstance(schema, dict) else {}, False, False
     for _ in range(MAX_DEPTH):
         nullable = nullable or schema.get("nullable") is True
-        said, key = schema.get("type"), next(filter(schema.get, ("anyOf", "oneOf", "allOf")), None)
-        if key and isinstance(schema[key], list):
-            branches = [each for each in schema[key] if isinstance(each, dict)]
-        elif isinstance(said, list):
-            key, branches = "type", [{"type": each} for each in said]
-        elif isinstance(said, str) and re.search(r"optional|union|[,|]", said, re.I):
-            key, branches = "type", [{"type": each} for each in type_words(said)]
-        else:
+        key = next(filter(schema.get, ("anyOf", "oneOf", "allOf")), "type")
+        if not isinstance(schema.get(key), list):
             break
-        real = [each for each in branches if each.get("type") not in ("null", "none", "optional")]
+        branches = [each if isinstance(each, dict) else {"type": each} for each in schema[key]]
+        real = [each for each in branches if each.get("type") != "null"]
         nullable = nullable or len(real) < len(branches)
-        rest = {name: value for name, value in schema.items() if name != key}
-        schema = {**rest, **real[0]} if len(real) == 1 else {**rest, "type": None}
-        if len(real) == 1 and schema.get("type") == said:
-            break
+        schema = {**schema, key: None, **(real[0] if len(real) == 1 else {"type": None})}
+    said = str(schema.get("type")).lower()
+    if re.search(r"optional|union|none\b.|[,|]", said):
+        while found := re.fullmatch(r"(?:typing\.)?(optional|union)\[(.*)\](.*)", said, re.S):
+            nullable, is_union = nullable or found[1] == "optional", found[1] == "union"
+            said = found[2] + found[3]
+        null = r"(?:^|[,|])\s*(?:optional|none|null|nonetype)\s*(?=$|[,|])"
+        rest = re.sub(null, "", said).strip(" ,|")
+        nullable, is_union = nullable or rest != said, is_union or "|" in rest
+        several = is_union and re.search(r"[,|](?![^\[]*\])", rest)
+        schema = {**schema, "type": None if several else rest}
     word = re.split(r"\W", str(schema.get("type")).lower(), maxsplit=1)[0]
     return _KINDS.get(word, ""), schema, nullable
-
-
-def type_words(text: str) -> list[str]:
-    """The branches of a type in words: `Optional[list[int]] -> ["list[int]", "none"]`, and
-    `"int, optional" -> ["int", "optional"]`."""
-    text, words, depth = text.strip().lower().replace("typing.", ""), [""], 0
-    is_union = "union" in text or "|" in text
-    while found := re.fullmatch(r"(optional|union)\s*\[(.*)\](.*)", text, re.S):
-        text = found[2] + (", none" if found[1] == "optional" else "") + found[3]
-    for c in text:
-        depth += (c in "[(<{") - (c in "])>}")
-        if c in ",|" and depth == 0:
-            words.append("")
-        else:
-            words[-1] += c
-    words = [word.strip().replace("nonetype", "none") for word in words if word.strip()]
-    if is_union:
-        return words
-    return words[:1] + [word for word in words[1:] if word in ("optional", "none", "null")]
 
 
 def items_of(schema: dict) -> dict:
