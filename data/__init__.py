@@ -134,7 +134,9 @@ def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
             raise ValueError(f"{path}, item {i}: {error}; {mend}") from None
         id = item.get("id")
         ids.append(str(id) if isinstance(id, (str, int)) and id != "" else f"{bench}-{i}")
-        said.update([*found[-1].left_out, *[f"{key!r} is not read" for key in sorted(keys - KNOWN)]])
+        said.update(found[-1].left_out)
+        for key in sorted(keys - KNOWN):
+            said[f"{key!r} is not read"] += 1
         if bench == "toolalpaca":
             # ours: left out are ToolAlpaca's entries `components` (the layout of the results).
             tools = [t for t in found[-1].tools if t["name"] != "components" or t["parameters"]]

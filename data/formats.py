@@ -14,8 +14,8 @@ NOT_ARGUMENTS = {"$schema", "$defs", "additionalProperties"}    # tell a schema 
 KNOWN = {"id", "query", "tools", "answers", "messages", "conversations", "functions", "system"}
 KINDS = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"BZh": "bzip2",
          b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"ARROW1": "Arrow", b"SQLite": "SQLite",
-         b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"<": "HTML or XML", b"version https://git-lfs":
-         "a pointer of Git LFS, not the file itself"}
+         b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"<": "HTML or XML",
+         b"version https://git-lfs": "a pointer of Git LFS, not the file itself"}
 
 
 @dataclass
@@ -48,7 +48,8 @@ def of_query(item: dict) -> Item:
             answers += calls
         else:
             raise ValueError(f"answer {i}: no name or no arguments")
-    return Item(read_turns(turns), read_tools(item["tools"]), None if raw is None else tuple(answers))
+    answers = None if raw is None else tuple(answers)
+    return Item(read_turns(turns), read_tools(item["tools"]), answers)
 
 
 def of_chat(item: dict) -> Item:
@@ -64,7 +65,8 @@ def of_chat(item: dict) -> Item:
             listed = re.search(r"<tools>(.*?\S.*?)</tools>|\[\s*\{.*}\s*]", text, re.S)
             if listed and listed[1]:
                 raw, text = listed[1].strip(), text.replace(listed[0], "").strip()
-                raw = raw if raw[0] == "[" else f"[{','.join(filter(str.strip, raw.split(chr(10))))}]"
+                if raw[0] != "[":                       # a tool a line
+                    raw = f"[{','.join(filter(str.strip, raw.splitlines()))}]"
             elif listed:
                 raw, text = listed[0], ""
                 left_out.append("of a system text that lists tools as JSON, the rest is left out")
@@ -104,7 +106,8 @@ def read_turns(turns: Sequence[dict], names: Sequence[str] = ()) -> tuple[dict, 
         content = turn.get("content") if role else None
         if role == "assistant" or isinstance(content, (list, dict)):
             content, calls = said_in(turn, names)
-            content = "\n".join(filter(None, [content.strip(), call_text(calls)])) if calls else content
+            if calls:
+                content = "\n".join(filter(None, [content.strip(), call_text(calls)]))
         if role is None or not isinstance(content, str):
             raise ValueError(f"turn {i}: no role or no text")
         if turn is turns[-1]:       # API-Bank's way of asking is left out; our prompt has its own
