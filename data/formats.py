@@ -66,7 +66,7 @@ def of_chat(item: dict) -> Item:
             if listed and listed[1]:
                 raw, text = listed[1].strip(), text.replace(listed[0], "").strip()
                 if raw[0] != "[":                       # a tool a line
-                    raw = f"[{','.join(filter(str.strip, raw.splitlines()))}]"
+                    raw = "[" + ",".join(filter(str.strip, raw.split("\n"))) + "]"
             elif listed:
                 raw, text = listed[0], ""
                 left_out.append("of a system text that lists tools as JSON, the rest is left out")

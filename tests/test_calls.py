@@ -154,7 +154,7 @@ def test_what_a_model_thinks_is_no_part_of_its_answer(text):
 
 
 @pytest.mark.parametrize("text", [
-    THOUGHT + "I am not able to do this.", THOUGHT.replace("</think>", ""), "There is none to call.",
+    THOUGHT + "I am not able to do this.", THOUGHT.replace("</think>", ""), "There is none.",
     tagged('{"name": "book", "arguments": {"city": "Li'), f"As [1: {BOOK % 'Linz'}<tool_call>",
     f"As [1: <tool_call><tool_call>{{}}</tool_call>", f"As [1: {BOOK % 'Linz'} " + NOW[:-12]])
 def test_a_thought_prose_or_half_a_call_is_no_answer(text):
@@ -263,7 +263,8 @@ TEXT_TYPES = [{"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"typ
     *((schema, "3.0", 3.0, True) for schema in TEXT_TYPES),
     *(({"type": "string"}, one, other, True) for one, other in (
         (True, "True"), ("[1, 2]", [1, 2]), ('{"a":1}', {"a": 1}))),
-    ({"type": "object", "properties": {"v": {"type": "string"}}}, {"v": "1.10"}, {"v": "1.1"}, False),
+    ({"type": "object", "properties": {"v": {"type": "string"}}}, {"v": "1.10"}, {"v": "1.1"},
+     False),
     ({"type": "object", "properties": {"n": {"type": "integer"}}}, {"n": 5}, {"n": "5"}, True),
     ({"type": "array", "items": {"type": "string"}}, ["1e3"], ["1000"], False),
     ({"type": "array", "items": {"type": ["integer", "null"]}}, ["5"], [5.0], True),

@@ -180,7 +180,8 @@ USED = [{"id": "c", "type": "function", "function": {**KITCHEN, "arguments": jso
     KITCHEN["arguments"])}}]
 ASK = {"role": "user", "content": "The kitchen, please."}
 ANSWERED = {"role": "assistant", "content": None, "tool_calls": USED}
-SAYS = "Tools:\n[{\"name\": \"all off/v2: x\"}, %s]. Put it as [func(name=value)]." % json.dumps(SET)
+SAYS = "Tools:\n[{\"name\": \"all off/v2: x\"}, %s]. Put it as [func(name=value)]." % (
+    json.dumps(SET))
 HERMES = "You help.\n<tools>%s</tools>"
 GPT = "<tool_call>\n{'name': 'set', 'arguments': {'room': 'kitchen'}}\n</tool_call>"
 
@@ -193,7 +194,8 @@ def sharegpt(system: str, answer: str, **more) -> dict:
 TOOLS_OF = {"bare": [SET, OFF], "OpenAI": OPENAI, "MCP": MCP, "Anthropic": ANTHROPIC,
             "JSON as text": json.dumps([SET, OFF])}
 FILES = {       # a shape: its item, the system text shown beside ours
-    **{f"query, tools: {kind}": ({"query": ASK["content"], "tools": tools, "answers": [KITCHEN]}, "")
+    **{f"query, tools: {kind}": (
+        {"query": ASK["content"], "tools": tools, "answers": [KITCHEN]}, "")
        for kind, tools in TOOLS_OF.items()},
     "xLAM": ({"id": "7", "query": ASK["content"], "tools": json.dumps(OPENAI),
               "answers": json.dumps([KITCHEN])}, ""),
@@ -242,7 +244,7 @@ def test_a_shape_is_read_as_its_owner_means_it(shape, tmp_path):
     ANSWERED, {**ANSWERED, "content": ""}, {"role": "assistant", "content": [
         {"type": "tool_use", "name": "set", "input": {"room": "kitchen"}}]}])
 def test_earlier_calls_are_shown_before_their_results(earlier, tmp_path):
-    turns_ = [ASK, earlier, {"role": "tool", "content": "done"}, {"role": "user", "content": "Hall."}]
+    turns_ = [ASK, earlier, *turns(("tool", "done"), ("user", "Hall."))]
     said = turns(("user", ASK["content"]), ("assistant", call_text([Call(**KITCHEN)])),
                  ("user", "<tool_response>\ndone\n</tool_response>"), ("user", "Hall."))
     last = {"role": "assistant", "tool_calls": [{"function": HALL}]}
@@ -262,7 +264,8 @@ def test_toolaces_names_may_hold_anything(tmp_path):
 
 @pytest.mark.parametrize("item, answers", [
     ({"query": "q", "tools": [SET]}, None), ({"query": "q", "tools": [SET], "answers": None}, None),
-    ({"query": "q", "tools": [SET], "answers": []}, ()), ({"messages": [ASK], "tools": OPENAI}, None),
+    ({"query": "q", "tools": [SET], "answers": []}, ()),
+    ({"messages": [ASK], "tools": OPENAI}, None),
     ({"messages": [ASK, {"role": "assistant", "content": "No."}], "tools": OPENAI}, ())])
 def test_no_gold_is_not_the_gold_of_no_call(item, answers, tmp_path):
     sample, = load("a", write(tmp_path / "a.json", [item]))
@@ -274,13 +277,15 @@ ROOM = {"type": "string", "enum": ["kitchen", "hall"]}
 SCHEMAS = [     # what a tool's "parameters" are, what is shown of them, what is required
     ({"properties": {"room": {"type": "string"}}}, {"room": {"type": "string"}}, set()),
     ({"$schema": "x", "type": "object", "properties": {}}, {}, set()),
-    ({"type": "object"}, {}, set()), (None, {}, set()), ({"additionalProperties": False}, {}, set()),
+    ({"type": "object"}, {}, set()), (None, {}, set()),
+    ({"additionalProperties": False}, {}, set()),
     ({"type": "object", "$defs": {"Room": ROOM, "Two": {"type": "array", "items": {
         "$ref": "#/$defs/Room"}}}, "properties": {"room": {"$ref": "#/$defs/Two", "title": "t"}},
       "required": ["room"]}, {"room": {"type": "array", "items": ROOM, "title": "t"}}, {"room"}),
     ({"$ref": "#/definitions/All", "definitions": {"All": {
         "type": "object", "properties": {"room": ROOM}}}}, {"room": ROOM}, set()),
-    ({"room": {"type": "str"}, "level": {"type": "int, optional"}, "n": {"type": "int", "default": 1},
+    ({"room": {"type": "str"}, "level": {"type": "int, optional"},
+      "n": {"type": "int", "default": 1},
       "o": {"type": "Optional[int]"}}, None, {"room"}),
     ({"title": {"type": "str"}}, None, {"title"}),
     ({"type": {"type": "string"}, "properties": {"type": "string"}}, None, {"type", "properties"})]
@@ -296,7 +301,8 @@ def test_a_schema_is_told_from_arguments_and_its_definitions_are_put_in(
 
 def test_a_definition_within_itself_ends_and_one_that_is_not_there_is_named(tmp_path):
     tree = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Tree"}}}
-    schema = {"type": "object", "properties": {"t": {"$ref": "#/$defs/Tree"}}, "$defs": {"Tree": tree}}
+    schema = {"type": "object", "properties": {"t": {"$ref": "#/$defs/Tree"}},
+              "$defs": {"Tree": tree}}
     sample, = loaded(tmp_path, {"tools": [{"name": "f", "parameters": schema}]})
     assert sample.tools[0]["parameters"] == {"t": {**tree, "properties": {
         "next": {"$ref": "#/$defs/Tree"}}}}
@@ -341,7 +347,8 @@ def test_a_faulty_item_is_named_with_its_file_and_index(changes, message, tmp_pa
      "no known shape: keys found: question, function; known are: query, tools; messages; conv"),
     (b'{"query": "q"}\n\n{"query"}', "as JSON .*line 3"), (b"PAR1\0", "is Parquet"),
     (b"\x1f\x8b\x08", "is gzip"), (b"\xff\xfe[\0", "is UTF-16"), (b"a,b\n1,2", "as JSON"),
-    (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"), (b'[\n{"query": "q",\n}]', "as JSON .*line 3"),
+    (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+    (b'[\n{"query": "q",\n}]', "as JSON .*line 3"),
     (b"{}", "not a list of samples"), (b"[]", ", or an empty one"), (b"\xff[]", "as JSON .*utf-8"),
     (b'["\\ud800"]', "as JSON .*surrogates"), (b"[NaN]", "read and written as JSON"),
     (b"[" * 200_000, "as JSON .*recursion"), (b"[" + b"9" * 5000 + b"]", "as JSON .*digits")])
