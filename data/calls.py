@@ -267,9 +267,10 @@ def misfit(value: object, schema: dict, depth: int = 0) -> str:
     if kind == "array" and items_of(schema):
         parts = [(item, items_of(schema)) for item in value]
     elif kind == "object" and isinstance(schema.get("properties"), dict):
+        required = schema.get("required")
         for name, inner in schema["properties"].items():
-            if name in (schema.get("required") or ()) and name not in value \
-                    and not type_of(inner)[2]:
+            is_required = isinstance(required, list) and name in required and not type_of(inner)[2]
+            if is_required and name not in value:
                 return "missing inside"
             parts += [(value[name], inner)] if name in value else []
     return next(filter(None, [misfit(*part, depth + 1) for part in parts]), "")

@@ -42,7 +42,7 @@ def of_query(item: dict) -> Item:
             raise ValueError(f"answer {i}: not an object")
         call = Call(each.get("name", each.get("tool")),
                     each.get("arguments", each.get("parameters")))
-        if isinstance(call.name, str) and isinstance(call.arguments, dict):
+        if call.name and isinstance(call.name, str) and isinstance(call.arguments, dict):
             answers.append(call)
         elif calls := parse_calls(as_json({"tool_calls": [each]})).calls:
             answers += calls
@@ -60,9 +60,9 @@ def of_chat(item: dict) -> Item:
     if not isinstance(turns, list) or not all([isinstance(turn, dict) for turn in turns]):
         raise ValueError("the turns are no list of objects")
     for turn in [{"role": "system", "content": item.get("system") or ""}, *turns]:
-        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role, text = str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))
         if ROLES.get(role) == "system" and isinstance(text, str):
-            listed = re.search(r"<tools>(.*?\S.*?)</tools>|\[\s*\{.*}\s*]", text, re.S)
+            listed = re.search(r"<tools>\s*([[{].*?)</tools>|\[\s*\{.*}\s*]", text, re.S)
             if listed and listed[1]:
                 raw, text = listed[1].strip(), text.replace(listed[0], "").strip()
                 if raw[0] != "[":                       # a tool a line
@@ -127,13 +127,13 @@ def read_turns(turns: Sequence[dict], names: Sequence[str] = ()) -> tuple[dict, 
 def said_in(turn: dict, names: Sequence[str]) -> tuple[object, Sequence[Call]]:
     """The text of a turn and the calls in it: OpenAI's `tool_calls`, Anthropic's parts, Hermes'
     tags, API-Bank's fenced list, ToolACE's `[name(key=value)]`."""
-    text, raw, calls = turn.get("content"), list(turn.get("tool_calls") or ()), ()
-    raw += [turn["function_call"]] if turn.get("function_call") else []
+    text, raw, calls = turn.get("content"), turn.get("tool_calls") or [], ()
+    raw = [turn["function_call"]] if turn.get("function_call") else raw
     parts, text = (text, "") if isinstance(text, list) else ((), text)
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "tool_use":
-            raw.append({"name": part.get("name"), "arguments": part.get("input")})
+            raw = [*raw, {"name": part.get("name"), "arguments": part.get("input")}]
         elif kind == "tool_result":
             text += f"<tool_response>\n{said_in(part, names)[0]}\n</tool_response>"
         elif kind in ("text", "input_text", "output_text"):
@@ -224,7 +224,7 @@ def inlined(schema: object, root: dict, chain: tuple[str, ...], left: list[int])
     for part in ref.split("/")[1:]:
         part = part.replace("~1", "/").replace("~0", "~")
         target = target.get(part) if isinstance(target, dict) else None
-    if not isinstance(target, dict) or ref[0] != "#":
+    if not isinstance(target, dict) or not ref.startswith("#"):
         raise ValueError(f"there is no definition {ref!r:.60}")
     return inlined({**target, **rest}, root, (*chain, ref), left)
 

@@ -182,7 +182,7 @@ ASK = {"role": "user", "content": "The kitchen, please."}
 ANSWERED = {"role": "assistant", "content": None, "tool_calls": USED}
 SAYS = "Tools:\n[{\"name\": \"all off/v2: x\"}, %s]. Put it as [func(name=value)]." % (
     json.dumps(SET))
-HERMES = "You help.\n<tools>%s</tools>"
+HERMES = "You help. They are in <tools></tools> tags.\n<tools> %s </tools>"
 GPT = "<tool_call>\n{'name': 'set', 'arguments': {'room': 'kitchen'}}\n</tool_call>"
 
 
@@ -214,9 +214,9 @@ FILES = {       # a shape: its item, the system text shown beside ours
     "behind the call": ({"tools": OPENAI, "messages": [
         ASK, ANSWERED, {"role": "tool", "content": "ok"},
         {"role": "assistant", "content": "Done."}]}, ""),
-    "Hermes": (sharegpt(HERMES % json.dumps(OPENAI), GPT), "You help."),
+    "Hermes": (sharegpt(HERMES % json.dumps(OPENAI), GPT), HERMES[:-21]),
     "Hermes, a tool a line": (sharegpt(
-        HERMES % f"\n{json.dumps(SET)}\n{json.dumps(OFF)}\n", GPT), "You help."),
+        HERMES % f"\n{json.dumps(SET)}\n{json.dumps(OFF)}\n", GPT), HERMES[:-21]),
     "tools beside": (sharegpt(HERMES % "", GPT, tools=json.dumps(OPENAI)), HERMES % ""),
     "ToolACE": (sharegpt(SAYS, "[set(room='kitchen')]"), ""),
     "function_call": ({"tools": json.dumps([SET, OFF]), "conversations": [
