@@ -394,7 +394,7 @@ def set_up(config: Config, task: Task = CALLING,
     """Load samples (or take these) and the model, and say which; ValueError or OSError in one
     sentence for what is not sound."""
     what = "bundled samples, not the benchmark" if config.data == "bundled" else "the real samples"
-    what = f"the samples of {config.data}" if Path(config.data).suffix else what
+    what = f"the samples of {config.data}" if Path(config.data).expanduser().is_file() else what
     what = f"{len(samples)} samples of its own" if samples else what
     print(f"{config.bench}: {config.model} on {what}; {config.device}, {config.dtype}   (--model, "
           "--data and --device change it)", flush=True)

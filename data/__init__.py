@@ -98,7 +98,7 @@ def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
     else in the folder $TTSI_DATA; else in the cache (~/.cache/ttsi or $XDG_CACHE_HOME/ttsi),
     downloaded there unless `offline`. "bundled" is the generated stand-in in data/samples. Raises
     ValueError (where the file is wrong, and how) or OSError (no file). What is left out is said."""
-    if bench not in PUBLISHED and not os.path.isfile(os.path.expanduser(data)):
+    if bench not in PUBLISHED and data in ("", "bundled"):
         known = ", ".join(PUBLISHED)
         raise ValueError(f"unknown benchmark {bench!r}; choose one of {known}, or --data FILE")
     name, blob = PUBLISHED.get(bench, ("", ""))
@@ -109,10 +109,11 @@ def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
     elif not own or (os.path.isdir(own) and not data and not path.is_file()):
         path = cached_file(URL + name, blob, offline)
     if not os.path.isfile(path):
-        there = ", ".join(sorted([each.stem for each in path.parent.glob("*.json")]))
-        hint = f"; bundled are only {there}; another --model downloads it" * (data == "bundled")
-        raise FileNotFoundError(f"no file {path}; --data and $TTSI_DATA take {name} or its folder"
-                                + hint)
+        hint = f"--data and $TTSI_DATA take {name or 'a file of samples'} or its folder"
+        if data == "bundled":
+            there = ", ".join(sorted([each.stem for each in path.parent.glob("*.json")]))
+            hint += f"; bundled are only {there}; another --model downloads it"
+        raise FileNotFoundError(f"no file {path}; {hint}")
     mend, content = "mend the file, or give another with --data", path.read_bytes()
     try:
         items = json.loads(content.decode("utf-8-sig"))

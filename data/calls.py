@@ -173,10 +173,10 @@ def _read(text: str) -> tuple[object, bool]:
     for is_json in (True, False):
         try:
             value = json.loads(text if is_json else _near_json(text))
-            # as JSON gives it back; this raises for what no file can hold, as NaN or a set
+            # as JSON gives it back; this raises for what no file can hold, as NaN
             written = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
             return json.loads(written), is_json
-        except (SyntaxError, TypeError, ValueError):
+        except ValueError:
             continue
     return None, False
 
@@ -232,7 +232,7 @@ def call_start(text: str) -> str:
 # --- Checking: call -> what is wrong with it ------------------------------------------------------
 def check_call(call: Call, tools: Sequence[dict]) -> str:
     """What is wrong with a call by its tool's schema: "unknown tool", "missing argument: x",
-    "unknown argument: x" or "wrong type: x"; "" if nothing is."""
+    "unknown argument: x", or what `misfit` says, as "wrong type: x"; "" if nothing is."""
     tool = next((tool for tool in tools if tool["name"] == call.name), None)
     if tool is None:
         return "unknown tool"

@@ -62,12 +62,12 @@ def of_chat(item: dict) -> Item:
     for turn in [{"role": "system", "content": item.get("system") or ""}, *turns]:
         role, text = str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))
         if ROLES.get(role) == "system" and isinstance(text, str):
-            listed = re.search(r"<tools>\s*([[{].*?)</tools>|\[\s*\{.*}\s*]", text, re.S)
+            listed = re.search(r"<tools>\s*([\[{].*?)</tools>|\[\s*\{.*}\s*]", text, re.S)
             if listed and listed[1]:
                 raw, text = listed[1].strip(), text.replace(listed[0], "").strip()
                 if raw[0] != "[":                       # a tool a line
                     raw = "[" + ",".join(filter(str.strip, raw.split("\n"))) + "]"
-            elif listed:
+            elif listed and not {"tools", "functions"} & item.keys():
                 raw, text = listed[0], ""
                 left_out.append("of a system text that lists tools as JSON, the rest is left out")
         text = f"<tool_call>{text}</tool_call>" if role == "function_call" else text

@@ -204,6 +204,8 @@ FILES = {       # a shape: its item, the system text shown beside ours
         {"role": "system", "content": "You run a house."}, ASK, ANSWERED]}, "You run a house."),
     "parts": ({"tools": OPENAI, "messages": [
         {"role": "user", "content": [{"type": "text", "text": ASK["content"]}]}, ANSWERED]}, ""),
+    "a list in the system text": ({"tools": OPENAI, "messages": [
+        {"role": "system", "content": SAYS}, ASK, ANSWERED]}, SAYS),
     "functions": ({"functions": [SET, OFF], "messages": [
         ASK, {"role": "assistant", "content": "", "function_call": USED[0]["function"]}]}, ""),
     "Anthropic": ({"system": "Be kind.", "tools": ANTHROPIC, "messages": [

@@ -370,6 +370,8 @@ def test_own_data_runs_under_its_own_name(tmp_path, monkeypatch, capsys, data_):
     (tmp_path / "mine" / "other.json").write_text("[]")
     assert main(["--data", "mine"]) == 2
     assert "mine has 2 files .json and .jsonl" in capsys.readouterr().err
+    assert main(["--data", "gone.json"]) == 2
+    assert "no file gone.json; --data and $TTSI_DATA take a file" in capsys.readouterr().err
     assert main(["--bench", "apibank_l2", "--data", "bundled"]) == 2
     assert "bundled are only apibank, nexusraven, sealtool, toolalpaca" in capsys.readouterr().err
 
