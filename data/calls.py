@@ -373,8 +373,8 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
         is_nested = kind in ("array", "object") or kind == "string" and value[:1] in ("[", "{")
         nested, is_json = _read(value) if is_nested else (None, False)
         if kind in ("integer", "number", "string", "") and re.fullmatch(_NUMBER, value):
-            value = Decimal(value) if kind in ("integer", "number") else \
-                Spelled(Decimal(value), frozenset([value]))
+            texts = frozenset([value])
+            value = Spelled(Decimal(value), texts) if kind in ("string", "") else Decimal(value)
         elif kind in ("boolean", "string", "") and value.lower() in ("true", "false"):
             value = value.lower() == "true"
         elif isinstance(nested, {"array": list, "object": dict}.get(kind, (list, dict))) \
@@ -384,30 +384,25 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
         value = str(value)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         number = Decimal(repr(value) if isinstance(value, float) else value)
-        plain, texts = f"{number:f}".removesuffix(".0"), frozenset()
-        if kind == "string":
-            texts = frozenset([plain, repr(value) if isinstance(value, float) else plain])
+        plain = f"{number:f}"
+        own = [plain.removesuffix(".0"), repr(value) if isinstance(value, float) else plain]
+        texts = frozenset(own if kind == "string" else ())
         value = Spelled(number, texts) if kind in ("string", "") else number
     if value is None or depth == MAX_DEPTH:     # deeper was not read from a text; not looked at
-        found, content = "null", None
-    elif kind == "string":
-        found, content = "string", value
-        if not isinstance(value, (str, Spelled)):
-            content = unicodedata.normalize("NFC", as_json(value, sort_keys=True))
-    elif isinstance(value, str):
-        found, content = "string", value
-    elif isinstance(value, bool):
-        found, content = "boolean", value
-    elif isinstance(value, (Decimal, Spelled)):
-        found, content = "number", value
-    elif isinstance(value, dict):
-        found, inner = "object", schema.get("properties")
+        return "null", None
+    if kind == "string" and not isinstance(value, (str, Spelled)):
+        return "string", unicodedata.normalize("NFC", as_json(value, sort_keys=True))
+    if isinstance(value, dict):
+        inner = schema.get("properties")
         inner = inner if isinstance(inner, dict) else {}
-        content = frozenset([(k, value_key(v, inner.get(k), depth + 1)) for k, v in value.items()])
-    else:
+        return "object", frozenset([(name, value_key(each, inner.get(name), depth + 1))
+                                    for name, each in value.items()])
+    if isinstance(value, list):
         items = items_of(schema)
-        found, content = "array", tuple([value_key(item, items, depth + 1) for item in value])
-    return found, content
+        return "array", tuple([value_key(item, items, depth + 1) for item in value])
+    if kind == "string" or isinstance(value, str):
+        return "string", value
+    return "boolean" if isinstance(value, bool) else "number", value
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,8 +92,8 @@ SHAPES = {("query", "tools"): of_query, ("messages",): of_chat, ("conversations"
 
 def of_none(item: object) -> Item:
     """ValueError, with the keys that are there and the shapes that are known."""
-    there = ", ".join(map(str, list(item)[:12])) if isinstance(item, dict) else "none, no object"
-    shapes = "; ".join([", ".join(shape) for shape in SHAPES])
+    there = ", ".join(map(str, [*item][:12])) if isinstance(item, dict) else "none, no object"
+    shapes = "; ".join(map(", ".join, SHAPES))
     raise ValueError(f"no known shape: keys found: {there}; known are: {shapes} (data/README.md)")
 
 
@@ -191,7 +191,7 @@ def read_tools(raw: object) -> tuple[dict, ...]:
                 NOT_ARGUMENTS & parameters.keys() or isinstance(inner, dict) and all(
                     [isinstance(value, (dict, bool)) for value in inner.values()])):
             # a full JSON schema: what it does not mark may be left out
-            required, parameters = parameters.get("required", required or []), inner or {}
+            required, parameters = parameters.get("required") or required or [], inner or {}
         description = "" if each.get("description") is None else each["description"]
         tool = {"name": name, "description": description, "parameters": parameters}
         if required is not None:
@@ -240,8 +240,10 @@ def decoded(text: str, what: str) -> object:
 def json_lines(content: bytes, where: str, error: Exception, mend: str) -> list:
     """The items of JSON Lines, of a file that as a whole is no JSON because of `error`; ValueError
     says what the file is."""
-    for start in filter(content.startswith, KINDS):
-        raise ValueError(f"{where}is {KINDS[start]}; JSON and JSON Lines in UTF-8 are read{mend}")
+    kind = [KINDS[start] for start in KINDS if content.startswith(start)]
+    kind += ["a table of text"] * where.endswith((".csv: ", ".tsv: "))
+    if kind:
+        raise ValueError(f"{where}is {kind[0]}; JSON and JSON Lines in UTF-8 are read{mend}")
     items, is_lines = [], content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
     for number, line in enumerate(content.split(b"\n"), 1):
         try:

@@ -279,6 +279,7 @@ ROOM = {"type": "string", "enum": ["kitchen", "hall"]}
 SCHEMAS = [     # what a tool's "parameters" are, what is shown of them, what is required
     ({"properties": {"room": {"type": "string"}}}, {"room": {"type": "string"}}, set()),
     ({"$schema": "x", "type": "object", "properties": {}}, {}, set()),
+    ({"type": "object", "required": None, "properties": {"room": ROOM}}, {"room": ROOM}, set()),
     ({"type": "object"}, {}, set()), (None, {}, set()),
     ({"additionalProperties": False}, {}, set()),
     ({"type": "object", "$defs": {"Room": ROOM, "Two": {"type": "array", "items": {
@@ -323,6 +324,11 @@ def test_ids_of_ones_own_are_kept_if_each_is_another_and_what_is_not_read_is_sai
     assert [x.id for x in twice] == ["sealtool-0", "sealtool-1"]
     said = capsys.readouterr().out
     assert "'task' is not read (2 times)" in said and "ids are not unique" in said
+
+
+def test_a_table_of_text_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.csv: is a table of text; JSON and JSON Lines"):
+        load("a", write(tmp_path / "a.csv", b"query,tools\nq,t"))
 
 
 # --- What can be wrong ----------------------------------------------------------------------------
