@@ -17,8 +17,8 @@ from multiprocessing.pool import ThreadPool
 from threading import Event
 
 from data import Sample, call_prompt, with_request
-from data.calls import (Call, as_json, call_keys, call_start, call_text, check_call, kind_of,
-                        parse_calls, required_arguments)
+from data.calls import (Call, as_json, call_keys, call_start, call_text, check_call,
+                        parse_calls, required_arguments, type_of, without_thinking)
 from data.chat import Tokenizer
 from data.runs import stage
 from model import Blank, Form, Qwen2, generate, seeded
@@ -168,7 +168,7 @@ def call_form(sample: Sample, line, direct: Sequence[Call]) -> Prompt:
         # the pair would teach to leave it out. Where x does not, the pair teaches just that.
         spoken = key in shown.arguments and stands_in(shown.arguments[key], line.request)
         if key in required or spoken:
-            begin, closing, end, opening = VALUES.get(kind_of(schema), VALUES["string"])
+            begin, closing, end, opening = VALUES.get(type_of(schema)[0], VALUES["string"])
             gaps.append((f"{before}{as_json(key)}:{begin}", closing, opening))
             before = f"{end}, "
     gaps.append((before.removesuffix(", ") + '}}\n"', '"', ""))          # of the request
@@ -184,8 +184,9 @@ def fault(new: Sequence[Call], direct: Sequence[Call], request: str | None, samp
           own: str) -> str:
     """Why written calls and their request are rejected; empty if they are kept. direct: the calls
     of the direct answer; own: the sample's request."""
-    if reason := check_calls(new, sample):
-        return reason
+    reasons = [check_call(call, sample.tools) for call in new]
+    if not new or any(reasons):
+        return next(filter(None, reasons), "no call could be read")
     if request is None:
         return "the request did not end"
     written, before = call_keys(new, sample.tools), call_keys(direct, sample.tools)
@@ -194,12 +195,6 @@ def fault(new: Sequence[Call], direct: Sequence[Call], request: str | None, samp
     if len(new) > 1:
         return "more than one call"
     return check_request(request, sample, own)
-
-
-def check_calls(calls: Sequence[Call], sample: Sample) -> str:
-    """Why calls do not fit the sample's tools; empty if they do."""
-    reasons = [check_call(call, sample.tools) for call in calls]
-    return next(filter(None, reasons), "") if calls else "no call could be read"
 
 
 def check_request(request: str, sample: Sample, own: str) -> str:
@@ -232,18 +227,18 @@ def stands_in(value: object, request: str) -> bool:
 
 
 def read_back(writer: Writer, tries: Sequence[Try], h: dict, config) -> None:
-    """Reject the tries whose call is not also the greedy one for their request, with the tool's
-    name given: some value cannot be known from it. CN is not in "China", but is read from it."""
+    """Reject the tries whose calls are not also the greedy ones for their request, with the first
+    tool's name given: some value cannot be known from it. CN is read from "China"."""
     calls = [parse_calls(made.text).calls for made in tries]
     prompts = []
-    for made, (call,) in zip(tries, calls):
+    for made, (call, *_) in zip(tries, calls):
         begun = f'{call_start(h[made.sample.id].text)}{as_json(call.name)[1:]}, "arguments":'
         messages = call_prompt(with_request(made.sample, made.request))
         prompts.append(Prompt(messages, "", Form(begun)))
     keys = [(config.seed, made.sample.id, "read back") for made in tries]
     texts = writer(prompts, MAX_CALL_TOKENS, 0.0, 1.0, keys)
     for made, own, text in zip(tries, calls, texts):
-        read, tools = parse_calls(text).calls[:1], made.sample.tools
+        read, tools = parse_calls(text).calls[:len(own)], made.sample.tools
         made.written.append(text)
         made.read_back = call_keys(read, tools) == call_keys(own, tools)
         if not made.read_back:
@@ -260,13 +255,21 @@ def try_joint(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
     keys = [(config.seed, x.id, "pair", attempt) for x in samples]
     texts = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature, config.top_p,
                    keys)
-    tries = []
+    tries, unspoken = [], []
     for x, text in zip(samples, texts):
-        line, _, rest = text.strip().partition("\n")
+        line, _, rest = without_thinking(text).strip().partition("\n")
         request, calls = line.strip().removesuffix('"').strip(), parse_calls(rest).calls
-        reason = check_request(request, x, h[x.id].request) or check_calls(calls, x)
+        faults = [check_request(request, x, h[x.id].request),
+                  *[check_call(call, x.tools) for call in calls or [Call("")]]]
+        reason = next(filter(None, faults), "")
+        reason = reason if calls or faults[0] else "no call could be read"
         own = call_text(calls, like=h[x.id].text)               # without text after it
         tries.append(Try(x, [text], request, own, reason))
+        values = [value for call in calls for value in call.arguments.values()]
+        if not reason and not all([stands_in(value, request) for value in values]):
+            unspoken.append(tries[-1])
+    if unspoken:
+        read_back(writer, unspoken, h, config)
     return tries
 
 
@@ -383,7 +386,7 @@ class ServerWriter:
                 seed = seeded(*key, "again", attempt).initial_seed() % 2 ** 31
             if code in (400, 413, 422):
                 refused = Written(first)
-                refused.problem = f"refused by the server, {problem} {said_in(response)}".strip()
+                refused.problem = f"refused by the server, {problem} {refusal(response)}".strip()
                 return refused
             if 400 <= code < 500 and code not in (408, 409, 429):
                 break
@@ -392,15 +395,14 @@ class ServerWriter:
             raise ConnectionError(f"--teacher {self.url}: {problem}; are the URL, --teacher-model "
                                   "and OPENAI_API_KEY right?")
         raise ConnectionError(f"--teacher {self.url}: no chat completion after {RETRIES + 1} tries "
-                              f"({problem} {said_in(response)})".replace(" )", ")"))
+                              f"({problem} {refusal(response)})".replace(" )", ")"))
 
 
 def reply(message: object, start: str, first: str) -> str:
     """What a server's message says after `start`: without thinking, a code fence or a remark around
     what was asked for. Some servers move tool calls out of the text: these are put back, before the
     text where a call was to come `first`."""
-    text = re.sub(r"\A\s*<think>.*?(</think>|\Z)", "", message.content or "", flags=re.S)
-    calls = []
+    text, calls = without_thinking(message.content or "").lstrip("\n"), []
     for moved in message.tool_calls or []:
         arguments = moved.function.arguments
         calls.append(Call(moved.function.name,
@@ -433,7 +435,7 @@ class Written(str):
     problem = ""
 
 
-def said_in(response: object) -> str:
+def refusal(response: object) -> str:
     """The reason in a server's refusal, cut to a line and without the key."""
     body = getattr(response, "text", "")
     try:

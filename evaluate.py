@@ -25,7 +25,10 @@ def exact_match(text: str, sample: Sample) -> Verdict:
     Beside it, each in [0, 1]: `strict` (also in the gold's own JSON types, and in the form asked
     for alone), `parsed` (at least one call could be read), `name_correct` (the multisets of names
     are equal), `name_f1`, `argument_f1` (over (name, argument, value)), and `reachable` (every
-    gold call is of an offered tool; no method can be expected to call another)."""
+    gold call is of an offered tool; no method can be expected to call another). Without a gold
+    answer `exact` is None: neither right nor wrong."""
+    if sample.answers is None:
+        return Verdict(text, None, "no gold answer", {})
     parsed, gold = parse_calls(text), sample.answers
     reachable = {call.name for call in gold} <= {tool["name"] for tool in sample.tools}
     measures = {"strict": 0.0, "parsed": 0.0, "name_correct": 0.0, "name_f1": 0.0,
@@ -101,24 +104,27 @@ HEAD = ["run", "n", "uncertain", "adapted", "no pair", "base", "after", "gain", 
 
 
 def summarise(records: Sequence[Record]) -> dict:
-    """A run's counts, shares in [0, 1] (absent without records), and seconds by stage."""
+    """A run's counts, shares in [0, 1] (absent without gold answers), and seconds by stage."""
     outcomes = Counter([r.outcome for r in records])
-    fixed = sum([r.answer.exact and not r.base.exact for r in records])
-    harmed = sum([r.base.exact and not r.answer.exact for r in records])
+    scored = [r for r in records if r.answer.exact is not None]
+    fixed = sum([r.answer.exact and not r.base.exact for r in scored])
+    harmed = sum([r.base.exact and not r.answer.exact for r in scored])
     summary = {"n": len(records), "uncertain": sum([r.uncertain for r in records]),
                "adapted": outcomes["adapted"], "no_pair": outcomes["no pair"],
                "non_finite": outcomes["non-finite"], "out_of_memory": outcomes["out of memory"],
-               "too_long": outcomes["too long"], "fixed": fixed, "harmed": harmed}
+               "too_long": outcomes["too long"], "fixed": fixed, "harmed": harmed,
+               "no_gold": len(records) - len(scored)}
     reasons, rejected, seconds, measures = Counter(), Counter(), Counter(), Counter()
     for record in records:
-        reasons.update([record.answer.reason.partition(":")[0]] * (not record.answer.exact))
         rejected.update([tried["reason"].partition(":")[0] for tried in record.rejected])
         seconds.update(record.seconds)
+    for record in scored:
+        reasons.update([record.answer.reason.partition(":")[0]] * (not record.answer.exact))
         for when, verdict in (("base", record.base), ("answer", record.answer)):
             measures[f"{when}_accuracy"] += verdict.exact
             measures.update({f"{when}_{name}": v for name, v in verdict.measures.items()})
-    summary |= {name: total / len(records) for name, total in measures.items()}
-    cut = sum([record.answer.reason.startswith("cut at") for record in records])
+    summary |= {name: total / len(scored) for name, total in measures.items()}
+    cut = sum([record.answer.reason.startswith("cut at") for record in scored])
     return summary | {
         "cut": cut, "reasons": dict(reasons.most_common()),
         "rejected": dict(rejected.most_common()),
@@ -131,7 +137,7 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
     for run in runs:
         name, s, config = printable(run.folder.resolve().name), summarise(run.records), run.config
         source, paper = str(config.get("data")), PAPER_GAIN.get(str(config.get("bench")))
-        own = source == "bundled" or source.endswith(".json")       # a file may hold any samples
+        own = source == "bundled" or Path(source).suffix            # a file may hold any samples
         share = s.get("answer_reachable", 1)
         said = {
             "no finished sample yet": not run.records,
@@ -144,16 +150,19 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
             f"too long for the model's context: {s['too_long']}": s["too_long"],
             f"wrong answers that were cut at --max-new-tokens: {s['cut']}": s["cut"],
             f"at most {share:.1%} can be right: elsewhere a gold tool is not offered": share < 1,
+            f"without a gold answer, so neither right nor wrong: {s['no_gold']}": s["no_gold"],
             "uses labels": config.get("uses_labels") is True}
         for note in [note for note, holds in said.items() if holds]:
             notes.setdefault(note, []).append(name)
         if run.records:
-            base, after = 100 * s["base_accuracy"], 100 * s["answer_accuracy"]
+            accuracies = ["-", "-", "-"]
+            if "base_accuracy" in s:
+                base, after = 100 * s["base_accuracy"], 100 * s["answer_accuracy"]
+                accuracies = [f"{base:.1f}", f"{after:.1f}", f"{after - base:+.1f}"]
             of = "" if s["n"] == config.get("samples", s["n"]) else f" of {config['samples']}"
             names = f"{100 * s['answer_name_correct']:.1f}" if "answer_name_correct" in s else "-"
             rows.append([name, f"{s['n']}{of}", f"{s['uncertain']}", f"{s['adapted']}",
-                         f"{s['no_pair']}", f"{base:.1f}", f"{after:.1f}", f"{after - base:+.1f}",
-                         f"{s['fixed']}", f"{s['harmed']}", names,
+                         f"{s['no_pair']}", *accuracies, f"{s['fixed']}", f"{s['harmed']}", names,
                          f"{sum(s['seconds'].values()) / s['n']:.2f}"])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
@@ -192,7 +201,8 @@ def story(record: Record, tau: float) -> str:
     if record.losses:
         rows.append(("losses", " ".join(f"{loss:.3f}" for loss in record.losses)))
     for when, v in (("before", record.base), ("after", record.answer)):
-        rows.append((when, f"right  {v.text}" if v.exact else f"wrong  {v.text}   ({v.reason})"))
+        worth = {True: "right  ", False: "wrong  ", None: ""}[v.exact]
+        rows.append((when, f"{worth}{v.text}" + (f"   ({v.reason})" if v.reason else "")))
     rows.append(("gold", record.gold))
     lines = [f"{label:>10}  {text}".replace("\n", "\n" + " " * 12) for label, text in rows]
     return printable("\n".join(lines))

@@ -240,8 +240,11 @@ def option(default, phase: str, text: str, *choices: str):
 @dataclass(frozen=True)
 class Config:
     """Everything that a user decides. A default is the paper's value unless it says "ours"."""
-    bench: str = option("nexusraven", RUN, "the benchmark", *data.PUBLISHED)
-    data: str = option("", RUN, "its file or folder (default: $TTSI_DATA, the cache, a download)")
+    bench: str = option("", RUN, "the benchmark (default: nexusraven, or your own --data)",
+                        *data.PUBLISHED)
+    data: str = option("", RUN, "its file or folder, or \"bundled\" for its stand-in (default: "
+                       "$TTSI_DATA, the cache, a download); without --bench a file of your own, or "
+                       "the folder of one: JSON or JSON Lines, see data/README.md")
     model: str = option("", RUN, "hub id, folder or tiny (default: Qwen2.5-1.5B-Instruct on a GPU)")
     method: str = option("ttsi", RUN, "base: direct answers; ttsi: adapt to the uncertain samples; "
                          "ttd: to pairs that --teacher wrote", "base", "ttsi", "ttd")
@@ -355,11 +358,20 @@ SILENT = ("bench", "model", "method", "seed", "batch", "checkpointing", "out", "
 
 def fill_in(config: Config) -> Config:
     """Fill in what the user left open. The run folder's name tells what differs from the defaults;
-    where two configurations could have that name, it ends in "*" for a digest."""
-    told = []
+    where two configurations could have that name, it ends in "*" for a digest. ValueError if it is
+    not clear which file of a folder is meant."""
+    told, bench, own = [], config.bench or "nexusraven", Path(config.data).expanduser()
+    if config.data not in ("", "bundled") and not config.bench:      # own data, under its own name
+        files = sorted([*own.glob("*.json"), *own.glob("*.jsonl")])
+        if len(files) != 1 and own.is_dir():
+            raise ValueError(f"--data {config.data} has {len(files)} files .json and .jsonl: give "
+                             "one of them, or say --bench")
+        own = files[0] if own.is_dir() else own
+        bench = own.stem.encode(errors="replace")[:60].decode(errors="ignore")
+        config = replace(config, data=str(own))
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.name not in SILENT and value != f.default:
+        if f.name not in SILENT + ("data",) * (not config.bench) and value != f.default:
             told.append(f"{f.name}={Path(str(value)).resolve().name[:40]}")
     device, dtype = config.device, config.dtype
     if device == "auto":
@@ -373,11 +385,11 @@ def fill_in(config: Config) -> Config:
     source = config.data or ("bundled" if model == "tiny" else "")
     lr = config.lr or (TINY_LR if model == "tiny" else 1e-4)
     stem = Path(model).resolve().name[:40]
-    name = "-".join([config.bench, stem, config.method, *told, f"s{config.seed}"])
+    name = "-".join([bench, stem, config.method, *told, f"s{config.seed}"])
     cut = name.encode()[:180].decode(errors="ignore")           # a file system allows 255 bytes
     if (model, source, config.teacher) != ("tiny", "bundled", "") or cut != name:
         name = f"{cut}-*"
-    return replace(config, model=model, device=device, dtype=dtype, data=source, lr=lr,
+    return replace(config, bench=bench, model=model, device=device, dtype=dtype, data=source, lr=lr,
                    out=config.out or f"runs/{name}")
 
 
@@ -392,6 +404,7 @@ def set_up(config: Config, task: Task = CALLING,
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {config.device}: torch finds no GPU here; use --device cpu")
     what = "bundled samples, not the benchmark" if config.data == "bundled" else "the real samples"
+    what = f"the samples of {config.data}" if Path(config.data).expanduser().is_file() else what
     what = f"{len(samples)} samples of its own" if samples else what
     print(f"{config.bench}: {config.model} on {what}; {config.device}, {config.dtype}   (--model, "
           "--data and --device change it)", flush=True)
@@ -474,8 +487,9 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callab
                 batch = share[i:i + agent.batch]
                 records |= improved(batch, config, kept, improve, change)
                 bar.update(len(batch))
-                right = sum([record.answer.exact for record in records.values()])
-                bar.set_postfix_str(f"{right / len(records):.0%} right")
+                scores = [record.answer.exact for record in records.values()]
+                if None not in scores:
+                    bar.set_postfix_str(f"{sum(scores) / len(scores):.0%} right")
     except KeyboardInterrupt:
         code = 130
     if fingerprint(agent.model) != agent.facts["weights"]:
@@ -520,10 +534,10 @@ def improved(samples: Sequence[Sample], config: Config, kept: Kept, improve: Cal
         after = t.text if t and not t.failed else h.text
         base, answer = task.verdict(h.text, x), task.verdict(after, x)
         cut = f"cut at {config.max_new_tokens} tokens"
-        if len(h.ids) >= config.max_new_tokens and not base.exact:
+        if len(h.ids) >= config.max_new_tokens and base.exact is False:
             base = replace(base, reason=f"{cut}: {base.reason}")
         ended = t.answer_tokens if t and not t.failed else len(h.ids)
-        if ended >= config.max_new_tokens and not answer.exact:
+        if ended >= config.max_new_tokens and answer.exact is False:
             answer = replace(answer, reason=f"{cut}: {answer.reason}")
         record = Record(
             id=x.id, request=h.request or request_text(x), margin=None if h.failed else h.margin,
@@ -532,7 +546,7 @@ def improved(samples: Sequence[Sample], config: Config, kept: Kept, improve: Cal
             pairs=[asdict(pair) for pair in g.pairs] if g else [],
             rejected=[asdict(each) for each in g.rejected] if g else [],
             losses=t.losses if t else [], norms=t.norms if t else [], seconds=seconds,
-            gold=task.gold(x.answers), log_p=h.log_p, entropy=h.entropy, ids=h.ids,
+            gold=task.gold(x.answers or ()), log_p=h.log_p, entropy=h.entropy, ids=h.ids,
             prompt_tokens=h.prompt_tokens, extra=outcome.extra)
         records[x.id] = change(record) if change else record
     return records

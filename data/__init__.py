@@ -4,12 +4,13 @@ import http.client
 import json
 import os
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.calls import marked_arguments
-from data.formats import parse_item
+from data.formats import KNOWN, SHAPES, json_lines, of_none
 from data.runs import Verdict, code_digest
 
 
@@ -17,9 +18,9 @@ from data.runs import Verdict, code_digest
 class Sample:
     """One test sample: the dialogue so far, the tools on offer, and the gold answer to score by."""
     id: str
-    messages: tuple[dict, ...]      # {"role": "user" | "assistant", "content"}; the last one asks
+    messages: tuple[dict, ...]      # {"role": "system" | "user" | "assistant", "content"}
     tools: tuple[dict, ...]         # {"name", "description", "parameters": {name: {"type", ...}}}
-    answers: tuple = ()             # the label; for tool calls, one Call or several
+    answers: tuple | None = ()      # the label; for tool calls, Calls; None: nobody knows it
 
 
 def request_text(sample: Sample) -> str:
@@ -29,8 +30,9 @@ def request_text(sample: Sample) -> str:
 
 
 def with_request(sample: Sample, request: str) -> Sample:
-    """A new sample x': the same tools, one turn of the user, and no answers."""
-    return Sample(sample.id, ({"role": "user", "content": request},), sample.tools)
+    """A new sample x': the same tools and system text, one turn of the user, and no answers."""
+    system = [m for m in sample.messages if m["role"] == "system"]
+    return Sample(sample.id, (*system, {"role": "user", "content": request}), sample.tools)
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,13 @@ ASK_CALL = (
 
 
 def call_prompt(sample: Sample) -> list[dict]:
-    """The messages that ask for a sample's calls: the neutral system text with one tool a line as
-    JSON, the dialogue, and behind the request what is asked for."""
+    """The messages that ask for a sample's calls: its own system text, the neutral one with one
+    tool a line as JSON, the dialogue, and behind the request what is asked for."""
     tools = "\n".join([json.dumps(tool, ensure_ascii=False) for tool in sample.tools])
-    *before, last = [{"role": "system", "content": SYSTEM.format(tools=tools)}, *sample.messages]
+    system = [m["content"] for m in sample.messages if m["role"] == "system"]
+    system = "\n\n".join([*system, SYSTEM.format(tools=tools)])
+    turns = [m for m in sample.messages if m["role"] != "system"]
+    *before, last = [{"role": "system", "content": system}, *turns]
     if last["role"] == "user" and not last["content"].startswith("<tool_response>"):
         return [*before, {"role": "user", "content": last["content"] + ASK_CALL}]
     return [*before, last, {"role": "user", "content": ASK_CALL.strip()}]
@@ -88,13 +93,15 @@ PUBLISHED = {       # benchmark: (file at URL, its git blob id = sha1("blob <siz
 
 
 def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
-    """A benchmark's samples in file order; sample i is named f"{bench}-{i}". The file is `data`,
-    or in the folder `data`; else in the folder $TTSI_DATA; else in the cache (~/.cache/ttsi or
-    $XDG_CACHE_HOME/ttsi), downloaded there unless `offline`. "bundled" is the generated stand-in
-    in data/samples. Raises ValueError (where the file is wrong, and how) or OSError (no file)."""
-    if bench not in PUBLISHED:
-        raise ValueError(f"unknown benchmark {bench!r}; choose one of {', '.join(PUBLISHED)}")
-    name, blob = PUBLISHED[bench]
+    """A benchmark's samples in file order, or those of a file `data` that is named `bench`; sample
+    i keeps its own id, or is named f"{bench}-{i}". The file is `data`, or in the folder `data`;
+    else in the folder $TTSI_DATA; else in the cache (~/.cache/ttsi or $XDG_CACHE_HOME/ttsi),
+    downloaded there unless `offline`. "bundled" is the generated stand-in in data/samples. Raises
+    ValueError (where the file is wrong, and how) or OSError (no file). What is left out is said."""
+    if bench not in PUBLISHED and data in ("", "bundled"):
+        known = ", ".join(PUBLISHED)
+        raise ValueError(f"unknown benchmark {bench!r}; choose one of {known}, or --data FILE")
+    name, blob = PUBLISHED.get(bench, ("", ""))
     own = os.path.expanduser(data or os.environ.get("TTSI_DATA", ""))
     path = Path(own, name) if os.path.isdir(own) else Path(own)
     if data == "bundled":
@@ -102,29 +109,49 @@ def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
     elif not own or (os.path.isdir(own) and not data and not path.is_file()):
         path = cached_file(URL + name, blob, offline)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no file {path}; --data and $TTSI_DATA take {name} or its folder")
-    mend = "mend the file, or give another with --data"
+        hint = f"--data and $TTSI_DATA take {name or 'a file of samples'} or its folder"
+        if data == "bundled":
+            there = ", ".join(sorted([each.stem for each in path.parent.glob("*.json")]))
+            hint += f"; bundled are only {there}; another --model downloads it"
+        raise FileNotFoundError(f"no file {path}; {hint}")
+    mend, content = "mend the file, or give another with --data", path.read_bytes()
     try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
+        items = json.loads(content.decode("utf-8-sig"))
         json.dumps(items, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:   # no JSON, not UTF-8, NaN, endless nesting
-        fault = f"cannot be read and written as JSON ({error})"
-        raise ValueError(f"{path}: {fault}; {mend}") from error
+    except (ValueError, RecursionError) as error:   # JSON Lines; or not UTF-8, NaN, endless nesting
+        items = json_lines(content, f"{path}: ", error, f"; {mend}")
+    items = [items] if isinstance(items, dict) and items else items
     if not isinstance(items, list) or not items:
         raise ValueError(f"{path}: not a list of samples, or an empty one; {mend}")
-    samples, has_marks = [], False
+    found, ids, said = [], [], Counter()
     for i, item in enumerate(items):
+        read, keys = of_none, item.keys() if isinstance(item, dict) else set()
+        for shape in SHAPES:
+            if read is of_none and keys >= set(shape):
+                read = SHAPES[shape]
         try:
-            samples.append(Sample(f"{bench}-{i}", *parse_item(item)))
+            found.append(read(item))
         except ValueError as error:
             raise ValueError(f"{path}, item {i}: {error}; {mend}") from None
-        for tool in samples[-1].tools:
-            has_marks = has_marks or bool(marked_arguments(tool))
-    for sample in samples if has_marks else ():
-        for tool in sample.tools:               # this file marks what is required: else nothing is
-            if marked_arguments(tool) is None:
-                tool["required"] = []
-    return samples
+        id = item.get("id")
+        ids.append(str(id) if isinstance(id, (str, int)) and id != "" else f"{bench}-{i}")
+        said.update(found[-1].left_out)
+        for key in sorted(keys - KNOWN):
+            said[f"{key!r} is not read"] += 1
+        if bench == "toolalpaca":
+            # ours: left out are ToolAlpaca's entries `components` (the layout of the results).
+            tools = [t for t in found[-1].tools if t["name"] != "components" or t["parameters"]]
+            said["`components` is no tool"] += len(found[-1].tools) - len(tools)
+            found[-1].tools = tuple(tools)
+        for tool in found[-1].tools if path.name in (name, f"{bench}.json") else ():
+            if bench in ("toolalpaca", "nexusraven") and marked_arguments(tool) is None:
+                tool["required"] = []           # they mark what is required: else nothing is
+    if len(set(ids)) < len(ids):
+        ids = [f"{bench}-{i}" for i in range(len(ids))]
+        said["ids are not unique: samples are named by their place"] += 1
+    for what, count in (+said).items():
+        print(f"{path}: {what} ({count} times)")
+    return [Sample(id, each.messages, each.tools, each.answers) for id, each in zip(ids, found)]
 
 
 def cached_file(url: str, blob: str, offline: bool) -> Path:

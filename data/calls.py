@@ -1,6 +1,5 @@
 """A tool call: written, read from a model's text, checked against a tool's schema, compared.
-The text is data: it is parsed as JSON, or as a Python literal through `ast`, never evaluated."""
-import ast
+The text is data: it is read as JSON, or as what is near to it, and never evaluated."""
 import json
 import math
 import re
@@ -13,7 +12,6 @@ from functools import partial
 
 MAX_CHARS = 1 << 14     # the longest gold answer has some 300 characters; longer than this is none
 MAX_DEPTH = 32          # of brackets: real arguments have 3, and json recurses too deep at 1,000
-MAX_CODE = 500          # characters outside quotes in a Python literal: bounds what `ast` builds
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,11 @@ _STRING = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)
 _TOKEN = re.compile(_STRING.pattern + r"|[][{}]", re.S)
 _OPENING = re.compile(r"[{\[]")
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?"   # JSON's: "007" is a text
-_LITERAL = re.compile(rf"(?:[\s,:\[\]{{}}]|\$(?!\$)|(?:True|False|None|{_NUMBER})(?!\w))*")
+_PIECE = re.compile(rf"({_STRING.pattern})|({_NUMBER}|[Tt]rue|[Ff]alse|None|null)(?!\w)(\s*:)?|"
+                    r"(,)(?=\s*[\]}])|[\s,:\[\]{}]", re.S)
+_ESCAPE = re.compile(r"""\\(?:u[0-9a-fA-F]{4}|["'\\/bfnrt])|(\\.)|\"""", re.S)    # [1]: not JSON's
+_NO_CALL = re.compile(r"""(\[\s*\]|```\w*\s*\[\s*\]\s*```|\{\s*"tool_calls"\s*:\s*\[\s*\]\s*\})?""")
+_THINK = re.compile(r"<(/?)think(?:ing)?>|[{\[]", re.I)
 _KEYS = {"name": "name", "tool": "name", "function": "name",
          "arguments": "arguments", "parameters": "arguments", "args": "arguments"}
 
@@ -58,9 +60,10 @@ def parse_calls(text: str) -> Parsed:
     Asked for is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
     times. "other form" is the same with prose, fences, a list, other keys, single quotes, ...
     "" and "[]" say that no call is needed. Any other text without calls is never right."""
-    text = text.strip()
-    if re.fullmatch(r"(\[\s*\])?", text):
-        return Parsed((), "other form" if text else "")
+    whole = text.strip()
+    text = without_thinking(whole).strip() if "think" in whole.lower() else whole
+    if _NO_CALL.fullmatch(text):
+        return Parsed((), "other form" if whole else "")
     # ours: half an answer is no answer. If one object or block cannot be read, none is.
     for read in (_json_calls, _block_calls) if len(text) <= MAX_CHARS else ():
         try:
@@ -68,24 +71,51 @@ def parse_calls(text: str) -> Parsed:
         except ValueError:
             continue
         if calls:
-            return Parsed(tuple(calls), recovery)
+            return Parsed(tuple(calls), recovery if text == whole else "other form")
     return Parsed((), "unparsable")
+
+
+def without_thinking(text: str) -> str:
+    """A text without what stands between <think> and </think>, or before a </think> that nothing
+    opens. Of a block that never closes the tag is left. In a bracket's strings a tag is text."""
+    kept, start, at, unclosed = [], 0, 0, 0
+    while found := _THINK.search(text, at):
+        at = found.end()
+        if found[1] is None:
+            value = _outermost(text, found.start(), 1)[0] if unclosed < 8 else []
+            unclosed += not value                   # each takes time linear in what follows
+            at = found.start() + len(value[0]) if value else at
+        elif found[1]:
+            kept, start = [], at
+        else:
+            kept.append(text[start:found.start()])
+            closing = re.compile("</think(?:ing)?>", re.I).search(text, at)
+            start = at = closing.end() if closing else len(text)
+            kept += [] if closing else [found[0]]
+    return "".join([*kept, text[start:]])
 
 
 def _json_calls(text: str) -> tuple[list[Call], str]:
     """The calls of a text; ValueError if any of its objects and lists is none."""
     values, around = _outermost(text)
     calls, asked_form = [], re.fullmatch(r"(<tool_call>\s*\{\s*</tool_call>\s*)+", around)
-    for value, is_json in map(_read, values):
-        new = []
-        for item in value if isinstance(value, list) else [value]:
+    for before, (value, is_json) in zip(around.split("{"), map(_read, values)):
+        new, items = [], value if isinstance(value, list) else [value]
+        is_named = before.rstrip().endswith("<tool_call>")      # then a name alone is a call
+        if isinstance(value, dict) and isinstance(value.get("tool_calls"), list) \
+                and not _KEYS.keys() & value.keys():            # OpenAI's whole answer
+            items, is_named = value["tool_calls"], True
+        for item in items:
             if not isinstance(item, dict):
                 raise ValueError("not an object")
-            if isinstance(item.get("function"), dict) and item.keys() <= {"id", "type", "function"}:
+            if isinstance(item.get("function"), dict) \
+                    and item.keys() <= {"id", "type", "index", "function"}:
                 item = item["function"]             # OpenAI's {"type": "function", "function": {}}
             keys = item.keys() - {"id", "type"}
             parts = {_KEYS.get(key): item[key] for key in keys}
             name, arguments = parts.get("name"), parts.get("arguments")
+            if is_named and parts.keys() <= {"name", "arguments"} and arguments in (None, ""):
+                arguments, keys = {}, ["name", "arguments"][:len(keys) + 1]
             if isinstance(arguments, str):
                 arguments = _read(arguments.strip())[0]
             if len(keys) != 2 or not (name and isinstance(name, str)
@@ -99,22 +129,30 @@ def _json_calls(text: str) -> tuple[list[Call], str]:
 
 def _block_calls(text: str) -> tuple[list[Call], str]:
     """The calls in closed blocks, whatever brackets the prose has; ValueError for half a call."""
-    prose, *parts = text.split("<tool_call>")
-    found = []
-    for part in parts:
-        body, closing, after = part.partition("</tool_call>")
-        found.append(parse_calls(body).calls if closing else ())
-        prose += after
-    if not all(found) or re.search(rf"""\{{\s*['"]({"|".join(_KEYS)})['"]""", prose):
-        raise ValueError("a block without a call, or a call outside the blocks")
-    return [call for calls in found for call in calls], "other form"
+    calls, prose, end = [], [], 0
+    while (start := text.find("<tool_call>", end)) >= 0:
+        prose.append(text[end:start])
+        opening = _OPENING.search(text, start)
+        value = _outermost(text, opening.start(), 1)[0] if opening else []
+        stop = opening.start() + len(value[0]) if value else start
+        end = text.find("</tool_call>", stop)       # behind the value: inside it, a tag is text
+        between = text[start + 1:opening.start()] + text[stop:end] if value else ""
+        new = _json_calls(text[start:end])[0] if value and end >= 0 else []
+        if not new or "tool_call>" in between.removeprefix("tool_call>"):
+            raise ValueError("a block without a call")
+        calls += new
+        end += len("</tool_call>")
+    prose.append(text[end:])
+    if re.search(rf"""\{{\s*['"]({"|".join(_KEYS)})['"]""", "".join(prose)):
+        raise ValueError("a call outside the blocks")
+    return calls, "other form"
 
 
-def _outermost(text: str) -> tuple[list[str], str]:
-    """The outermost {...} and [...] of a text, and the text around them with "{" in place of each;
-    empty if a bracket never closes."""
-    values, around, end = [], "", 0
-    while opening := _OPENING.search(text, end):
+def _outermost(text: str, end: int = 0, most: int = -1) -> tuple[list[str], str]:
+    """The outermost {...} and [...] of a text from a place on, at most so many, and the text around
+    them with "{" in place of each; empty if a bracket never closes."""
+    values, around = [], ""
+    while len(values) != most and (opening := _OPENING.search(text, end)):
         start, depth = opening.start(), 0
         for token in _TOKEN.finditer(text, start):   # outside brackets, 5" is prose
             depth += (token[0] in "{[") - (token[0] in "}]")
@@ -134,21 +172,45 @@ def _read(text: str) -> tuple[object, bool]:
         return None, False
     for is_json in (True, False):
         try:
-            value = json.loads(text) if is_json else _literal(text)
-            # as JSON gives it back; this raises for what no file can hold, as NaN or a set
+            value = json.loads(text if is_json else _near_json(text))
+            # as JSON gives it back; this raises for what no file can hold, as NaN
             written = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
             return json.loads(written), is_json
-        except (SyntaxError, TypeError, ValueError):
+        except ValueError:
             continue
     return None, False
 
 
-def _literal(text: str) -> object:
-    """A list or object in Python's notation, as `['a', None]`; ValueError for anything else."""
-    bare = _STRING.sub("$", text)       # without operators: long chains crash Python's parser
-    if "\\" in text or len(bare) > MAX_CODE or not _LITERAL.fullmatch(bare):
-        raise ValueError("not a plain literal")
-    return ast.literal_eval(text)
+def _near_json(text: str) -> str:
+    """JSON of a list or object in JSON's notation or Python's, or in a mixture of both: with either
+    quotes, True or true, None or null, a comma before the end; between double quotes with raw line
+    ends, and backslashes that JSON does not know. ValueError for anything else."""
+    parts, end, before = [], 0, "["
+    for piece in _PIECE.finditer(text):
+        if piece.start() != end or piece[4] and before in "[{,":
+            break
+        end, inner, word = piece.end(), piece[0][1:-1], piece[2]
+        before = piece[0].strip() or before
+        if piece[1]:
+            odd = "\0" in inner or any([escape[1] for escape in _ESCAPE.finditer(inner)])
+            if odd and piece[0][0] == "'":
+                raise ValueError("no text of Python's")
+            parts.append(as_json(json.loads(f'"{_ESCAPE.sub(_escape, inner)}"', strict=False)))
+        elif word:
+            word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
+            parts.append(f'"{word}":' if piece[3] else word)        # a key is a text
+        elif not piece[4]:
+            parts.append(piece[0])
+    if end != len(text):
+        raise ValueError("no list or object of plain values")
+    return "".join(parts)
+
+
+def _escape(found: re.Match) -> str:
+    """An escape as JSON writes it: a backslash that JSON does not know is one."""
+    if found[0] in ('"', "\\'"):
+        return '\\"' if found[0] == '"' else "'"
+    return "\\" + found[0] if found[1] else found[0]
 
 
 CALL_START = '<tool_call>\n{"name": "'       # how an answer begins, up to where candidates part
@@ -161,6 +223,8 @@ def call_start(text: str) -> str:
     # paper: log P(a_n | x).
     # ours: after the model's own first words. A model that never writes <tool_call> is not asked
     # what it would say behind one.
+    if "think" in text.lower():
+        text = without_thinking(text).lstrip()
     named = _NAMED.match(text)
     return named[0] if named else CALL_START
 
@@ -168,7 +232,7 @@ def call_start(text: str) -> str:
 # --- Checking: call -> what is wrong with it ------------------------------------------------------
 def check_call(call: Call, tools: Sequence[dict]) -> str:
     """What is wrong with a call by its tool's schema: "unknown tool", "missing argument: x",
-    "unknown argument: x" or "wrong type: x"; "" if nothing is."""
+    "unknown argument: x", or what `misfit` says, as "wrong type: x"; "" if nothing is."""
     tool = next((tool for tool in tools if tool["name"] == call.name), None)
     if tool is None:
         return "unknown tool"
@@ -179,13 +243,37 @@ def check_call(call: Call, tools: Sequence[dict]) -> str:
     for name, value in given.items():
         if name not in parameters:
             return f"unknown argument: {name:.40}"
-        kind = kind_of(parameters[name])
-        found, content = value_key(value, parameters[name])
-        if found == "number" and kind == "integer" and content == content.to_integral_value():
-            found = "integer"
-        if kind not in ("", found) and value is not None:   # gold calls of NexusRaven give null
-            return f"wrong type: {name}"
+        if problem := misfit(value, parameters[name]):
+            return f"{problem}: {name}"
     return ""
+
+
+def misfit(value: object, schema: dict, depth: int = 0) -> str:
+    """What is wrong with a value by its schema, at any depth: "wrong type", "not in the enum",
+    "missing inside"; "" if nothing is."""
+    kind, schema, _ = type_of(schema)
+    key = found, content = value_key(value, schema)
+    if value is None or depth == MAX_DEPTH:             # gold calls of NexusRaven give null
+        return ""
+    if found == "number" and kind == "integer" and content == content.to_integral_value():
+        found = "integer"
+    if kind not in ("", found) or kind == "string" and isinstance(value, (list, dict)):
+        return "wrong type"
+    enum, parts = schema.get("enum"), []
+    if isinstance(enum, list) and key not in [value_key(each, schema) for each in enum]:
+        return "not in the enum"
+    if kind in ("array", "object") and isinstance(value, str):
+        value = _read(value.strip())[0]
+    if kind == "array" and items_of(schema):
+        parts = [(item, items_of(schema)) for item in value]
+    elif kind == "object" and isinstance(schema.get("properties"), dict):
+        required = schema.get("required")
+        for name, inner in schema["properties"].items():
+            is_required = isinstance(required, list) and name in required and not type_of(inner)[2]
+            if is_required and name not in value:
+                return "missing inside"
+            parts += [(value[name], inner)] if name in value else []
+    return next(filter(None, [misfit(*part, depth + 1) for part in parts]), "")
 
 
 def required_arguments(tool: dict) -> frozenset[str]:
@@ -195,15 +283,18 @@ def required_arguments(tool: dict) -> frozenset[str]:
     # ours: a tool that marks nothing requires each parameter that has no default and is not said to
     # be "[Optional]". API-Bank's tools mark nothing; 248 of their 258 gold calls give every one.
     return frozenset(name for name, schema in tool["parameters"].items() if "default" not in schema
-                     and not str(schema.get("description")).startswith("[Optional]"))
+                     and not str(schema.get("description")).startswith("[Optional]")
+                     and not type_of(schema)[2])
 
 
 def marked_arguments(tool: dict) -> frozenset[str] | None:
-    """The arguments marked as required, each or in a list beside; None if the tool has no marks."""
+    """The arguments marked as required, each or in a list beside; None if the tool has no marks.
+    What may be null may be left out."""
     listed, has_marks, marked = tool.get("required", ()), "required" in tool, []
     for name, schema in tool.get("parameters", {}).items():
-        has_marks = has_marks or "required" in schema
-        if name in listed or schema.get("required") is True:
+        mark = schema.get("required")                   # an object's own list says nothing of it
+        has_marks = has_marks or mark is not None and not isinstance(mark, list)
+        if (name in listed or mark in (True, "true")) and not type_of(schema)[2]:
             marked.append(name)
     return frozenset(marked) if has_marks else None
 
@@ -213,9 +304,39 @@ _KINDS = {"string": "string", "str": "string", "integer": "integer", "int": "int
           "array": "array", "list": "array", "object": "object", "dict": "object"}
 
 
-def kind_of(schema: dict) -> str:
-    """The kind of a declared type: "array" for `list(str)`, "" if none is understood (any fits)."""
-    return _KINDS.get(re.split(r"\W", str(schema.get("type")).lower(), maxsplit=1)[0], "")
+def type_of(schema: object) -> tuple[str, dict, bool]:
+    """A declared type: its kind, as "array" for `list(str)`, "" if none is understood (any fits);
+    the schema, of several branches the one that is not null; and whether it may be null, as in
+    {"type": ["integer", "null"]}, "anyOf", `Optional[int]`, `int | None`, "int, optional"."""
+    schema, nullable, is_union = schema if isinstance(schema, dict) else {}, False, False
+    for _ in range(MAX_DEPTH):
+        nullable = nullable or schema.get("nullable") is True
+        key = next(filter(schema.get, ("anyOf", "oneOf", "allOf")), "type")
+        if not isinstance(schema.get(key), list):
+            break
+        branches = [each if isinstance(each, dict) else {"type": each} for each in schema[key]]
+        real = [each for each in branches if each.get("type") != "null"]
+        nullable = nullable or len(real) < len(branches)
+        schema = {**schema, key: None, **(real[0] if len(real) == 1 else {"type": None})}
+    said = str(schema.get("type")).lower()
+    if re.search(r"optional|union|none\b.|[,|]", said):
+        while found := re.fullmatch(r"(?:typing\.)?(optional|union)\[(.*)\](.*)", said, re.S):
+            nullable, is_union = nullable or found[1] == "optional", found[1] == "union"
+            said = found[2] + found[3]
+        null = r"(?:^|[,|])\s*(?:optional|none|null|nonetype)\s*(?=$|[,|])"
+        rest = re.sub(null, "", said).strip(" ,|")
+        nullable, is_union = nullable or rest != said, is_union or "|" in rest
+        several = is_union and re.search(r"[,|](?![^\[]*\])", rest)
+        schema = {**schema, "type": None if several else rest}
+    word = re.split(r"\W", str(schema.get("type")).lower(), maxsplit=1)[0]
+    return _KINDS.get(word, ""), schema, nullable
+
+
+def items_of(schema: dict) -> dict:
+    """The schema of a list's items: in "items", or in a type `list(str)`; {} if none is said."""
+    written = re.fullmatch(r"(?:list|array)\W(.*)\W", str(schema.get("type")).lower())
+    items = schema.get("items", {"type": written[1]} if written else {})
+    return items if isinstance(items, dict) else {}
 
 
 # --- Comparing: two calls are equal if and only if their keys are ---------------------------------
@@ -245,38 +366,55 @@ def _given(call: Call, tool: dict) -> dict:
 
 def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashable]:
     """What a value means under its schema, as (kind, content): ("number", Decimal("5")) for 5, 5.0
-    and "5". Where a string is declared, numbers and booleans are their JSON text. Booleans are
-    never numbers."""
-    kind = kind_of(schema)
+    and "5". Where a string is declared, other values are their text. Booleans are never numbers."""
+    kind, schema, _ = type_of(schema)
     if isinstance(value, str):                  # read as what is declared, or what it looks like
         value = unicodedata.normalize("NFC", value).strip()
-        nested = _read(value)[0] if kind in ("array", "object") else None
-        if kind in ("integer", "number", "") and re.fullmatch(_NUMBER, value):
-            value = Decimal(value)
-        elif kind in ("boolean", "") and value.lower() in ("true", "false"):
+        is_nested = kind in ("array", "object") or kind == "string" and value[:1] in ("[", "{")
+        nested, is_json = _read(value) if is_nested else (None, False)
+        if kind in ("integer", "number", "string", "") and re.fullmatch(_NUMBER, value):
+            texts = frozenset([value])
+            value = Spelled(Decimal(value), texts) if kind in ("string", "") else Decimal(value)
+        elif kind in ("boolean", "string", "") and value.lower() in ("true", "false"):
             value = value.lower() == "true"
-        elif isinstance(nested, list if kind == "array" else dict):
+        elif isinstance(nested, {"array": list, "object": dict}.get(kind, (list, dict))) \
+                and (is_json or kind != "string"):
             value = nested
-    if isinstance(value, float):                # as a number, NaN would not equal itself
-        value = Decimal(repr(value)) if math.isfinite(value) else str(value)
-    if isinstance(value, str):
-        found, content = "string", value
-    elif isinstance(value, bool):
-        found, content = "boolean", value
-    elif isinstance(value, (int, Decimal)):
-        found, content = "number", Decimal(value)
-    elif value is None or depth == MAX_DEPTH:   # deeper was not read from a text; not looked at
-        found, content = "null", None
-    elif isinstance(value, dict):
-        found = "object"
-        content = frozenset([(k, value_key(v, {}, depth + 1)) for k, v in value.items()])
-    else:
-        written = re.fullmatch(r"(?:list|array)\W(.*)\W", str(schema.get("type")).lower())
-        items = schema.get("items", {"type": written[1]} if written else {})
-        items = items if isinstance(items, dict) else {}    # in "items" or in a type `list(str)`
-        found, content = "array", tuple([value_key(item, items, depth + 1) for item in value])
-    if kind == "string" and found == "boolean":
-        found, content = "string", str(content).lower()
-    if kind == "string" and found == "number":
-        found, content = "string", f"{content:f}".removesuffix(".0")
-    return found, content
+    if isinstance(value, float) and not math.isfinite(value):       # NaN would not equal itself
+        value = str(value)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = Decimal(repr(value) if isinstance(value, float) else value)
+        plain = f"{number:f}"
+        own = [plain.removesuffix(".0"), repr(value) if isinstance(value, float) else plain]
+        texts = frozenset(own if kind == "string" else ())
+        value = Spelled(number, texts) if kind in ("string", "") else number
+    if value is None or depth == MAX_DEPTH:     # deeper was not read from a text; not looked at
+        return "null", None
+    if kind == "string" and not isinstance(value, (str, Spelled)):
+        return "string", unicodedata.normalize("NFC", as_json(value, sort_keys=True))
+    if isinstance(value, dict):
+        inner = schema.get("properties")
+        inner = inner if isinstance(inner, dict) else {}
+        return "object", frozenset([(name, value_key(each, inner.get(name), depth + 1))
+                                    for name, each in value.items()])
+    if isinstance(value, list):
+        items = items_of(schema)
+        return "array", tuple([value_key(item, items, depth + 1) for item in value])
+    if kind == "string" or isinstance(value, str):
+        return "string", value
+    return "boolean" if isinstance(value, bool) else "number", value
+
+
+@dataclass(frozen=True, eq=False)
+class Spelled:
+    """A number where none is declared. Texts are equal only if spelled alike: "5" is not "5.0", but
+    without a type the number 5 is both, and under a string 5.0 is both."""
+    number: Decimal
+    texts: frozenset[str]       # the texts that it may be; empty: any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spelled) and self.number == other.number and not (
+            self.texts and other.texts and self.texts.isdisjoint(other.texts))
+
+    def __hash__(self) -> int:
+        return hash(self.number)

@@ -234,7 +234,7 @@ def forget(config: object, facts: dict) -> None:
     stem = f"-{config.bench}-{Path(config.model).resolve().name[:40]}"
     for path in Path(config.out).parent.glob(f"stages/*{escape(stem)}-*.jsonl"):
         key = key_in(path)
-        if key and path.name.rpartition("-")[0].endswith(stem) and agrees(key):
+        if key and path.name.rpartition("-")[0] == key["stage"] + stem and agrees(key):
             path.unlink()
 
 
@@ -258,7 +258,7 @@ def other_keys(kept: Kept) -> list[str]:
 class Verdict:
     """What an answer is worth. `exact` is the score; the rest says why, and how far off it is."""
     text: str                       # the answer
-    exact: bool                     # it means what the gold answer means
+    exact: bool | None              # it means what the gold answer means; None: there is none
     reason: str                     # "" if exact, else what is wrong first; its kind before ":"
     measures: dict[str, float]      # what else the task measures of an answer
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from augment import (ASK_JOINT, ASK_PAIR, TRIES, LocalWriter, Prompt, Written, call_form,
                      check_request, stands_in, synthesize)
 from data import Sample, call_prompt, request_text, with_request
-from data.calls import Call, parse_calls
+from data.calls import Call, call_start, parse_calls
 from model import Blank, Form, generate
 from train import CALLING, Assessed
 from uncertainty import PrefixCaches
@@ -170,13 +170,45 @@ def test_a_value_stands_in_a_request_as_whole_words(value, request_, stands):
 
 
 def test_joint_reads_request_and_calls_from_one_text_and_drops_what_follows():
-    texts = [f'Cold in Paris?"\n{calls}\n3. "And in Rome?"'
+    texts = [f'Cold in Paris, in Oslo?"\n{calls}\n3. "And in Rome?"'
              for calls in (weather(), f"{PARIS}\n{OSLO}")]
     pairs, reasons, script = write('Rome?"', *texts, pair="joint")
-    assert [(p.request, p.text) for p in pairs] == [("Cold in Paris?", f"{PARIS}\n{OSLO}")]
+    assert [(p.request, p.text) for p in pairs] == [("Cold in Paris, in Oslo?", f"{PARIS}\n{OSLO}")]
     assert reasons == ["copy of the seed request", "missing argument: city"]
     assert script.prompts[0].start == '1. "What is the weather in Rome?"\n2. "'
     assert script.prompts[0].messages[-1]["content"] == ASK_JOINT
+
+
+@pytest.mark.parametrize("read, reasons", [
+    (weather(city="CN"), []), (weather(city="China"), UNREAD),
+    (f'{weather(city="CN")}\n{OSLO}', [])])
+def test_joint_reads_back_what_its_request_does_not_spell(read, reasons):
+    asked = f'In China?"\n{weather(city="CN")}'
+    pairs, found, _ = write(asked, read, f'In Oslo?"\n{OSLO}', pair="joint")
+    assert found == reasons and pairs[0].read_back == (not reasons)
+
+
+def test_a_thinking_block_is_no_part_of_a_request_or_call():
+    thinking = '<think>Perhaps "Rome?"\n{Rome}</think>\n'
+    (pair,), reasons, _ = write(f'{thinking}In Oslo?"\n{thinking}{OSLO}', pair="joint")
+    assert (pair.request, pair.text, reasons) == ("In Oslo?", OSLO, [])
+    assert call_start(f"{thinking}{OSLO}") == '{"name": "'
+
+
+def test_a_nullable_list_is_asked_for_as_a_list_and_an_enum_is_checked():
+    tool = {"name": "f", "description": "", "required": ["tags", "unit"], "parameters": {
+        "tags": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "string"}]},
+        "unit": {"type": "string", "enum": ["km", "mi"]},
+        "ids": {"type": ["array", "null"], "items": {"type": "integer"}}}}
+    sample = Sample("s-0", ({"role": "user", "content": "7"},), (tool,))
+    form = shown(sample, assessed(json.dumps({"name": "f", "arguments": {"ids": [7]}}), sample,
+                                  f=0.0)).form
+    assert [blank.closing for blank in form.blanks] == ['"', '"', "]", '"']
+    wrong = json.dumps({"name": "f", "arguments": {"tags": "a", "unit": "ft"}})
+    right = wrong.replace("ft", "mi")
+    _, reasons, _ = write(f'{wrong}\n"a ft"', f'{right}\n"a mi"', "x", sample=sample,
+                          line=assessed("", sample, f=0.0))
+    assert reasons == ["not in the enum: unit"]
 
 
 # -------------------------------------------------------------------------------------- who writes

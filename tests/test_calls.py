@@ -112,6 +112,70 @@ def test_reading_takes_linear_time_whatever_is_repeated(piece):
             assert time.process_time() - started < 1.0
 
 
+def tagged(body: str) -> str:
+    return f"<tool_call>\n{body}\n</tool_call>"
+
+
+BOOK = tagged('{"name": "book", "arguments": {"city": "%s"}}')
+THOUGHT = f"<think>\nFirst idea: {BOOK % 'Graz'} but it's no.\n</think>\n"
+NOW = tagged('{"name": "now"%s}')
+LINZ = (Call("book", {"city": "Linz"}),)
+NOTES = [       # between the tags, and the arguments of the call of note that are read
+    ('{"name": "note", "arguments": {"text": "milk\neggs"}}', {"text": "milk\neggs"}),
+    ('{"name": "note", "arguments": {"text": "a\tb", "pin": true}}', {"text": "a\tb", "pin": True}),
+    ('{"name": "note", "arguments": {"pin": true,}}', {"pin": True}),
+    ('{"name": "note", "arguments": {"a": [1, null,\n], }}', {"a": [1, None]}),
+    ("{'name': 'note', 'arguments': {'pin': true, 'text': null}}", {"pin": True, "text": None}),
+    ("""{'name': "note", "arguments": {'pin': False, "text": 'it\\'s'}}""",
+     {"pin": False, "text": "it's"}),
+    (r"{'name': 'note', 'arguments': {'text': 'milk\neggs \u00e9'}}", {"text": "milk\neggs é"}),
+    (r'{"name": "note", "arguments": {"text": "D:\projects\list.txt"}}',
+     {"text": r"D:\projects\list.txt"}),
+    (r'{"name": "note", "arguments": {"text": "\d+\n\users"}}', {"text": "\\d+\n\\users"}),
+    ('{"name": "note", "arguments": {"text": "<think>a</think> </think> <tool_call>"}}',
+     {"text": "<think>a</think> </think> <tool_call>"}),
+    ('{"name": "note", "arguments": {"text": "write </tool_call> at the end"}}',
+     {"text": "write </tool_call> at the end"}),
+    ("{'name': 'note', 'arguments': {1: 2}}", {"1": 2})]
+
+
+@pytest.mark.parametrize("body, arguments", NOTES)
+@pytest.mark.parametrize("around", ["{}", "As said [1: {}", "<thinking>[ {{</thinking>{}"])
+def test_one_reading_of_all_notations_whatever_stands_around(body, arguments, around):
+    assert parse_calls(around.format(tagged(body))).calls == (Call("note", arguments),)
+
+
+@pytest.mark.parametrize("text", [
+    THOUGHT + BOOK % "Linz", THOUGHT.removeprefix("<think>") + BOOK % "Linz",
+    "<think>Either {Graz, Linz} or none.</think>\n" + BOOK.split("\n")[1] % "Linz",
+    f"{BOOK % 'Linz'}\n<think>Done: {{</think>", "<Thinking>{</Thinking>" + BOOK % "Linz"])
+def test_what_a_model_thinks_is_no_part_of_its_answer(text):
+    assert parse_calls(text) == Parsed(LINZ, "other form")
+
+
+@pytest.mark.parametrize("text", [
+    THOUGHT + "I am not able to do this.", THOUGHT.replace("</think>", ""), "There is none.",
+    tagged('{"name": "book", "arguments": {"city": "Li'), f"As [1: {BOOK % 'Linz'}<tool_call>",
+    f"As [1: <tool_call><tool_call>{{}}</tool_call>", f"As [1: {BOOK % 'Linz'} " + NOW[:-12]])
+def test_a_thought_prose_or_half_a_call_is_no_answer(text):
+    assert parse_calls(text) == Parsed((), "unparsable")
+
+
+@pytest.mark.parametrize("text", [
+    "```json\n[]\n```", "```\n[ ]```", '{"tool_calls": []}', "<think>None.</think>"])
+def test_that_no_call_is_needed_may_be_said_in_other_forms(text):
+    assert parse_calls(text) == Parsed((), "other form")
+
+
+@pytest.mark.parametrize("text, arguments", [
+    (NOW % "", {}), (NOW % ', "arguments": null', {}), (NOW % ', "arguments": ""', {}),
+    (r'{"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "now", '
+     r'"arguments": "{\"zone\": \"CET\"}"}}]}', {"zone": "CET"}),
+    ('{"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "now"}}]}', {})])
+def test_in_tags_or_openais_wrapper_a_name_alone_is_a_call(text, arguments):
+    assert parse_calls(text) == Parsed((Call("now", arguments),), "other form")
+
+
 @pytest.mark.parametrize("text, start", [
     ('<tool_call>\n{"name": "get"}', CALL_START), ('{"name": "get"}', '{"name": "'),
     ('Sure:\n[{"tool" :"get", "name": "x"}]', 'Sure:\n[{"tool" :"'),
@@ -163,8 +227,9 @@ SAME = {        # a declared type: lists of values that are the same; those of t
     "float": [[2.5, "2.50"], ["25"], [2 ** 53], [2 ** 53 + 1], ["1e999", "10e998"], ["1e998"],
               [math.nan, "nan"], [-0.0, 0, "-0"]],
     "boolean": [[True, "true", "True "], [1], ["yes"]],
-    "str": [["é ", "e\u0301"], ["2", 2, 2.0], ["2.0"], ["true", True], ["a, b"], ["a b"],
-            ["Paris"], ["paris"], ["None"], [None], [["a"]], ["['a']"]],
+    "str": [["é ", "e\u0301"], ["2", 2, 2.0], ["2.0"], ["true", True, "True"], ["a, b"], ["a b"],
+            ["Paris"], ["paris"], ["None"], [None], [["a"], '["a"]', '[ "a" ]'], ["['a']"],
+            [{"b": [True], "a": 1}, '{"a": 1, "b": [true]}']],
     None: [["5", 5, 5.0], ["1"], [True], ["007"], [7], [None], [""]],
     "Union[int, str]": [["5", 5], ["x"]],
     "list": [[["a", 1], "['a', 1]", '["a", "1"]'], [[1, "a"]], [["a"]], [["a", "a"]], ["a"], [[1]],
@@ -182,10 +247,67 @@ def test_values_are_the_same_by_the_declared_type(type_):
 
 
 @pytest.mark.parametrize("items, same", [
-    ({"type": "string"}, False), ({"type": "number"}, True), ("?", True)])
+    ({"type": "string"}, False), ({"type": "number"}, True), ("?", False)])
 def test_a_lists_items_are_compared_by_the_schema_of_the_items(items, same):
     schema = {"type": "list", "items": {"type": "array", "items": items}}
     assert (value_key([["1.10"]], schema) == value_key([["1.1"]], schema)) == same
+
+
+TEXT_TYPES = [{"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"type": "null"}]},
+              {"type": "Optional[str]"}, {"type": "str, optional"}, {"type": "Union[str, None]"},
+              {"type": "str | None"}, {"type": "string"}]
+
+
+@pytest.mark.parametrize("schema, one, other, same", [
+    *((schema, "1.10", "1.1", False) for schema in TEXT_TYPES),
+    *((schema, "3.0", 3.0, True) for schema in TEXT_TYPES),
+    *(({"type": "string"}, one, other, True) for one, other in (
+        (True, "True"), ("[1, 2]", [1, 2]), ('{"a":1}', {"a": 1}))),
+    ({"type": "object", "properties": {"v": {"type": "string"}}}, {"v": "1.10"}, {"v": "1.1"},
+     False),
+    ({"type": "object", "properties": {"n": {"type": "integer"}}}, {"n": 5}, {"n": "5"}, True),
+    ({"type": "array", "items": {"type": "string"}}, ["1e3"], ["1000"], False),
+    ({"type": "array", "items": {"type": ["integer", "null"]}}, ["5"], [5.0], True),
+    ({"type": "Optional[List[str]]"}, ["0071"], ["71"], False),
+    ({"type": ["integer", "null"]}, "5", 5, True), ({"type": "integer"}, 1, True, False),
+    # without a type, a text is a number only where the other side is one
+    ({}, "5", 5, True), ({}, "5.0", "5", False), ({"type": "object"}, {"n": "1.10"}, {"n": "1.1"},
+                                                  False)])
+def test_values_are_compared_by_the_schema_at_every_depth_both_ways(schema, one, other, same):
+    tool = {"name": "f", "description": "", "parameters": {"x": schema}}
+    for gold, said in ((one, other), (other, one)):
+        asked = Sample("s", (), (tool,), (Call("f", {"x": gold}),))
+        assert exact_match(call_text([Call("f", {"x": said})]), asked).exact == same
+
+
+ORDER = {"type": "array", "items": {"type": "object", "required": ["sku"], "properties": {
+    "sku": {"type": "string"}, "qty": {"type": ["integer", "null"]},
+    "unit": {"enum": ["kg", "l"]}}}}
+
+
+@pytest.mark.parametrize("items, reason", [
+    ([{"sku": "1", "qty": "2", "unit": "kg"}, {"sku": "2", "qty": None}], ""),
+    ('[{"sku": "1", "qty": 2}]', ""), ([{"sku": "1", "qty": "two"}], "wrong type: x"),
+    ([{"qty": 2}], "missing inside: x"), ([{"sku": "1", "unit": "g"}], "not in the enum: x"),
+    ([["1"]], "wrong type: x")])
+def test_a_call_is_checked_at_every_depth(items, reason):
+    tool = {"name": "f", "description": "", "parameters": {"x": ORDER}}
+    assert check_call(Call("f", {"x": items}), [tool]) == reason
+
+
+@pytest.mark.parametrize("schema, required", [
+    ({"type": "integer"}, {"x"}), ({"type": ["integer", "null"]}, set()),
+    ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, set()), ({"type": "Optional[int]"}, set()),
+    ({"type": "int, optional"}, set()), ({"type": "int | None"}, set()),
+    ({"type": "object", "required": ["a"], "properties": {"a": {}}}, {"x"}),
+    ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, {"x"})])
+def test_what_may_be_null_may_be_left_out_or_null(schema, required):
+    for more in ({}, {"required": ["x"]}):
+        tool = {"name": "f", "description": "", "parameters": {"x": schema}, **more}
+        assert required_arguments(tool) == required
+        asked = Sample("s", (), (tool,), (Call("f"),))
+        assert exact_match(call_text([Call("f", {"x": None})]), asked).exact == (
+            not required or not more)
 
 
 def test_comparing_does_not_recurse_without_end():

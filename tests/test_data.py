@@ -6,6 +6,7 @@ import pytest
 import data
 from data import Sample, blob_id, cached_file, load
 from data.calls import Call, call_text, required_arguments
+from evaluate import exact_match
 
 TOOL = {"name": "f", "description": "d", "parameters": {"x": {"type": "string", "required": True}}}
 ANSWER = {"name": "f", "arguments": {"x": "1"}}
@@ -101,21 +102,32 @@ def test_a_full_json_schema_is_flattened_but_not_parameters_of_its_names(tmp_pat
     assert flat.tools == (TOOL | {"required": ["x"]},) and kept.tools[0]["parameters"] == odd
 
 
-@pytest.mark.parametrize("marked, required", [
-    (TOOL, set()), (TOOL | {"parameters": {"x": {}}, "required": ["x"]}, set()),
-    (TOOL | {"parameters": {"x": {}}}, {"y"})])
-def test_a_tool_without_marks_requires_nothing_beside_tools_with_marks(marked, required, tmp_path):
-    bare = {"name": "g", "parameters": {"y": {"type": "string"}}}
-    first, second = loaded(tmp_path, {"tools": [bare]}, {"tools": [marked]})
-    assert required_arguments(first.tools[0]) == required
+BARE = {"name": "g", "parameters": {"y": {"type": "string"}}}
+
+
+@pytest.mark.parametrize("marked", [
+    TOOL, TOOL | {"parameters": {"x": {}}, "required": ["x"]}, TOOL | {"parameters": {"x": {}}}])
+def test_one_tools_marks_change_no_others(marked, tmp_path):
+    """In the files of ToolAlpaca and NexusRaven, which mark what is required, else nothing is."""
+    first, second = loaded(tmp_path, {"tools": [BARE]}, {"tools": [marked]})
+    assert required_arguments(first.tools[0]) == {"y"}
     assert required_arguments(second.tools[0]) == {"x"}
+    for bench, name in (("toolalpaca", "toolalpaca.json"), ("nexusraven", "NexusRaven.json")):
+        theirs, = load(bench, write(tmp_path / name, [ITEM | {"tools": [BARE]}]))
+        assert theirs.tools == ({**BARE, "description": "", "required": []},)
 
 
-def test_what_is_no_candidate_is_left_out(tmp_path):
-    tools = [TOOL | {"return": {}, "desc_for_search": "d"}, {"name": "note", "description": "-"},
+def test_a_tool_without_parameters_is_offered_and_only_toolalpacas_components_are_not(
+        tmp_path, capsys):
+    tools = [TOOL | {"return": {}, "desc_for_search": "d"}, {"name": "note", "description": None},
              {"name": "components", "parameters": {}}, {"name": "g", "parameters": {}}]
     kept = loaded(tmp_path, {"tools": tools})[0].tools
-    assert [tool["name"] for tool in kept] == ["f", "g"] and kept[0] == TOOL
+    assert [tool["name"] for tool in kept] == ["f", "note", "components", "g"]
+    assert kept[:2] == (TOOL, {"name": "note", "description": "", "parameters": {}})
+    assert capsys.readouterr().out == ""
+    theirs, = load("toolalpaca", write(tmp_path / "t.json", [ITEM | {"tools": tools}]))
+    assert [tool["name"] for tool in theirs.tools] == ["f", "note", "g"]
+    assert "t.json: `components` is no tool (1 times)" in capsys.readouterr().out
 
 
 DIALOGUE = turns(("user", "Book it.\nPlease"), ("agent", "When?"), ("assistant", PAST),
@@ -153,6 +165,172 @@ def test_an_assistants_turn_that_is_no_list_of_calls_stays_text(content, tmp_pat
     assert sample.messages[1] == {"role": "assistant", "content": content}
 
 
+# --- The shapes of files that people have: the table of data/README.md ----------------------------
+
+LAMP = {"type": "object", "required": ["room"], "additionalProperties": False, "properties": {
+    "room": {"type": "string"}, "level": {"type": ["integer", "null"]}}}
+SET, OFF = {"name": "set", "description": "Sets.", "parameters": LAMP}, {"name": "all off/v2: x"}
+SHOWN = ({"name": "set", "description": "Sets.", "parameters": LAMP["properties"],
+          "required": ["room"]}, {"name": "all off/v2: x", "description": "", "parameters": {}})
+OPENAI = [{"type": "function", "function": tool} for tool in (SET, OFF)]
+MCP = [{"name": "set", "description": "Sets.", "inputSchema": LAMP}, OFF]
+ANTHROPIC = [{"name": "set", "description": "Sets.", "input_schema": LAMP}, OFF]
+KITCHEN, HALL = ({"name": "set", "arguments": {"room": room}} for room in ("kitchen", "hall"))
+USED = [{"id": "c", "type": "function", "function": {**KITCHEN, "arguments": json.dumps(
+    KITCHEN["arguments"])}}]
+ASK = {"role": "user", "content": "The kitchen, please."}
+ANSWERED = {"role": "assistant", "content": None, "tool_calls": USED}
+SAYS = "Tools:\n[{\"name\": \"all off/v2: x\"}, %s]. Put it as [func(name=value)]." % (
+    json.dumps(SET))
+HERMES = "You help. They are in <tools></tools> tags.\n<tools> %s </tools>"
+GPT = "<tool_call>\n{'name': 'set', 'arguments': {'room': 'kitchen'}}\n</tool_call>"
+
+
+def sharegpt(system: str, answer: str, **more) -> dict:
+    turns = [("system", system), ("human", ASK["content"]), ("gpt", answer)]
+    return {"conversations": [{"from": role, "value": text} for role, text in turns], **more}
+
+
+TOOLS_OF = {"bare": [SET, OFF], "OpenAI": OPENAI, "MCP": MCP, "Anthropic": ANTHROPIC,
+            "JSON as text": json.dumps([SET, OFF])}
+FILES = {       # a shape: its item, the system text shown beside ours
+    **{f"query, tools: {kind}": (
+        {"query": ASK["content"], "tools": tools, "answers": [KITCHEN]}, "")
+       for kind, tools in TOOLS_OF.items()},
+    "xLAM": ({"id": "7", "query": ASK["content"], "tools": json.dumps(OPENAI),
+              "answers": json.dumps([KITCHEN])}, ""),
+    "OpenAI's answers": ({"query": ASK["content"], "tools": OPENAI, "answers": USED}, ""),
+    "OpenAI's chat": ({"tools": OPENAI, "messages": [
+        {"role": "system", "content": "You run a house."}, ASK, ANSWERED]}, "You run a house."),
+    "parts": ({"tools": OPENAI, "messages": [
+        {"role": "user", "content": [{"type": "text", "text": ASK["content"]}]}, ANSWERED]}, ""),
+    "a list in the system text": ({"tools": OPENAI, "messages": [
+        {"role": "system", "content": SAYS}, ASK, ANSWERED]}, SAYS),
+    "functions": ({"functions": [SET, OFF], "messages": [
+        ASK, {"role": "assistant", "content": "", "function_call": USED[0]["function"]}]}, ""),
+    "Anthropic": ({"system": "Be kind.", "tools": ANTHROPIC, "messages": [
+        ASK, {"role": "assistant", "content": [
+            {"type": "text", "text": "Yes."},
+            {"type": "tool_use", "name": "set", "input": {"room": "kitchen"}}]}]}, "Be kind."),
+    "turns and answers": ({"tools": OPENAI, "messages": [ASK], "answers": [KITCHEN]}, ""),
+    "behind the call": ({"tools": OPENAI, "messages": [
+        ASK, ANSWERED, {"role": "tool", "content": "ok"},
+        {"role": "assistant", "content": "Done."}]}, ""),
+    "Hermes": (sharegpt(HERMES % json.dumps(OPENAI), GPT), HERMES[:-21]),
+    "Hermes, a tool a line": (sharegpt(
+        HERMES % f"\n{json.dumps(SET)}\n{json.dumps(OFF)}\n", GPT), HERMES[:-21]),
+    "tools beside": (sharegpt(HERMES % "", GPT, tools=json.dumps(OPENAI)), HERMES % ""),
+    "ToolACE": (sharegpt(SAYS, "[set(room='kitchen')]"), ""),
+    "function_call": ({"tools": json.dumps([SET, OFF]), "conversations": [
+        {"from": "human", "value": ASK["content"]},
+        {"from": "function_call", "value": json.dumps(KITCHEN)}]}, "")}
+
+
+@pytest.mark.parametrize("shape", FILES)
+def test_a_shape_is_read_as_its_owner_means_it(shape, tmp_path):
+    item, system = FILES[shape]
+    for name, content in (("a.json", [item]), ("a.jsonl", f"{json.dumps(item)}\n\n".encode())):
+        sample, = load("a", write(tmp_path / name, content))
+        assert sorted(sample.tools, key=str) == sorted(SHOWN, key=str)
+        assert sample.id == item.get("id", "a-0") and sample.answers == (Call(**KITCHEN),)
+        assert required_arguments(sample.tools[sample.tools.index(SHOWN[0])]) == {"room"}
+        first, asked = data.call_prompt(sample)
+        assert first["content"].startswith(system or "You are a helpful assistant.")
+        assert asked["content"] == ASK["content"] + data.ASK_CALL
+        assert exact_match(call_text(sample.answers), sample).exact
+        other = data.with_request(sample, "Again.")             # the system text is x's, too
+        assert data.call_prompt(other)[0] == first and data.request_text(other) == "Again."
+
+
+@pytest.mark.parametrize("earlier", [
+    ANSWERED, {**ANSWERED, "content": ""}, {"role": "assistant", "content": [
+        {"type": "tool_use", "name": "set", "input": {"room": "kitchen"}}]}])
+def test_earlier_calls_are_shown_before_their_results(earlier, tmp_path):
+    turns_ = [ASK, earlier, *turns(("tool", "done"), ("user", "Hall."))]
+    said = turns(("user", ASK["content"]), ("assistant", call_text([Call(**KITCHEN)])),
+                 ("user", "<tool_response>\ndone\n</tool_response>"), ("user", "Hall."))
+    last = {"role": "assistant", "tool_calls": [{"function": HALL}]}
+    for item in ({"query": turns_, "tools": OPENAI, "answers": [HALL]},
+                 {"messages": [*turns_, last], "tools": OPENAI}):
+        sample, = load("a", write(tmp_path / "a.json", [item]))
+        assert list(sample.messages) == said and sample.answers == (Call(**HALL),)
+
+
+def test_toolaces_names_may_hold_anything(tmp_path):
+    said = """[all off/v2: x(), set(room="it's (a=b) [", level=2), set(room='y', level=None)]"""
+    sample, = load("a", write(tmp_path / "a.json", [sharegpt(SAYS, said)]))
+    assert sample.answers == (
+        Call("all off/v2: x"), Call("set", {"room": "it's (a=b) [", "level": 2}),
+        Call("set", {"room": "y", "level": None}))
+
+
+@pytest.mark.parametrize("item, answers", [
+    ({"query": "q", "tools": [SET]}, None), ({"query": "q", "tools": [SET], "answers": None}, None),
+    ({"query": "q", "tools": [SET], "answers": []}, ()),
+    ({"messages": [ASK], "tools": OPENAI}, None),
+    ({"messages": [ASK, {"role": "assistant", "content": "No."}], "tools": OPENAI}, ())])
+def test_no_gold_is_not_the_gold_of_no_call(item, answers, tmp_path):
+    sample, = load("a", write(tmp_path / "a.json", [item]))
+    assert sample.answers == answers
+    assert exact_match("[]", sample).exact == (None if answers is None else True)
+
+
+ROOM = {"type": "string", "enum": ["kitchen", "hall"]}
+SCHEMAS = [     # what a tool's "parameters" are, what is shown of them, what is required
+    ({"properties": {"room": {"type": "string"}}}, {"room": {"type": "string"}}, set()),
+    ({"$schema": "x", "type": "object", "properties": {}}, {}, set()),
+    ({"type": "object", "required": None, "properties": {"room": ROOM}}, {"room": ROOM}, set()),
+    ({"type": "object"}, {}, set()), (None, {}, set()),
+    ({"additionalProperties": False}, {}, set()),
+    ({"type": "object", "$defs": {"Room": ROOM, "Two": {"type": "array", "items": {
+        "$ref": "#/$defs/Room"}}}, "properties": {"room": {"$ref": "#/$defs/Two", "title": "t"}},
+      "required": ["room"]}, {"room": {"type": "array", "items": ROOM, "title": "t"}}, {"room"}),
+    ({"$ref": "#/definitions/All", "definitions": {"All": {
+        "type": "object", "properties": {"room": ROOM}}}}, {"room": ROOM}, set()),
+    ({"room": {"type": "str"}, "level": {"type": "int, optional"},
+      "n": {"type": "int", "default": 1},
+      "o": {"type": "Optional[int]"}}, None, {"room"}),
+    ({"title": {"type": "str"}}, None, {"title"}),
+    ({"type": {"type": "string"}, "properties": {"type": "string"}}, None, {"type", "properties"})]
+
+
+@pytest.mark.parametrize("parameters, shown, required", SCHEMAS)
+def test_a_schema_is_told_from_arguments_and_its_definitions_are_put_in(
+        parameters, shown, required, tmp_path):
+    sample, = loaded(tmp_path, {"tools": [{"name": "f", "parameters": parameters}]})
+    assert sample.tools[0]["parameters"] == (parameters if shown is None else shown)
+    assert required_arguments(sample.tools[0]) == required
+
+
+def test_a_definition_within_itself_ends_and_one_that_is_not_there_is_named(tmp_path):
+    tree = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Tree"}}}
+    schema = {"type": "object", "properties": {"t": {"$ref": "#/$defs/Tree"}},
+              "$defs": {"Tree": tree}}
+    sample, = loaded(tmp_path, {"tools": [{"name": "f", "parameters": schema}]})
+    assert sample.tools[0]["parameters"] == {"t": {**tree, "properties": {
+        "next": {"$ref": "#/$defs/Tree"}}}}
+    wide = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 9} for i in range(9)} | {"d9": {}}
+    for defs, message in (({}, "there is no definition '#/\\$defs/d0'"), (wide, "too large")):
+        schema = {"type": "object", "properties": {"t": {"$ref": "#/$defs/d0"}}, "$defs": defs}
+        with pytest.raises(ValueError, match=message):
+            loaded(tmp_path, {"tools": [{"name": "f", "parameters": schema}]})
+
+
+def test_ids_of_ones_own_are_kept_if_each_is_another_and_what_is_not_read_is_said(tmp_path, capsys):
+    assert [x.id for x in loaded(tmp_path, {"id": "home-17"}, {"id": 0}, {})] == [
+        "home-17", "0", "sealtool-2"]
+    assert capsys.readouterr().out == ""
+    twice = loaded(tmp_path, {"id": 0, "task": "t"}, {"id": 0, "task": "u"})
+    assert [x.id for x in twice] == ["sealtool-0", "sealtool-1"]
+    said = capsys.readouterr().out
+    assert "'task' is not read (2 times)" in said and "ids are not unique" in said
+
+
+def test_a_table_of_text_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.csv: is a table of text; JSON and JSON Lines"):
+        load("a", write(tmp_path / "a.csv", b"query,tools\nq,t"))
+
+
 # --- What can be wrong ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, message", [
@@ -166,14 +344,19 @@ def test_an_assistants_turn_that_is_no_list_of_calls_stays_text(content, tmp_pat
     ({"tools": [TOOL | {"parameters": {"x": "string"}}]}, "f: parameter 'x' is not an object"),
     ({"tools": [TOOL | {"required": "x"}]}, "f: 'required' is of a wrong type"),
     ({"answers": ["f"]}, ": answer 0: not an object"),
-    ({"answers": [ANSWER, {"name": "f"}]}, ": answer 1: no name or no arguments")])
+    ({"answers": [ANSWER, {"arguments": {}}]}, ": answer 1: no name or no arguments")])
 def test_a_faulty_item_is_named_with_its_file_and_index(changes, message, tmp_path):
     with pytest.raises(ValueError, match=rf"own\.json, item 1.*{message}.*--data"):
         loaded(tmp_path, {}, changes)
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"[7]", "item 0: 'query' is missing"), (b'[\n{"query": "q",\n}]', "as JSON .*line 3"),
+    (b"[7]", "item 0: no known shape"), (b'{"question": "q", "function": []}',
+     "no known shape: keys found: question, function; known are: query, tools; messages; conv"),
+    (b'{"query": "q"}\n\n{"query"}', "as JSON .*line 3"), (b"PAR1\0", "is Parquet"),
+    (b"\x1f\x8b\x08", "is gzip"), (b"\xff\xfe[\0", "is UTF-16"), (b"a,b\n1,2", "as JSON"),
+    (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+    (b'[\n{"query": "q",\n}]', "as JSON .*line 3"),
     (b"{}", "not a list of samples"), (b"[]", ", or an empty one"), (b"\xff[]", "as JSON .*utf-8"),
     (b'["\\ud800"]', "as JSON .*surrogates"), (b"[NaN]", "read and written as JSON"),
     (b"[" * 200_000, "as JSON .*recursion"), (b"[" + b"9" * 5000 + b"]", "as JSON .*digits")])

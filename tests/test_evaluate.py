@@ -163,7 +163,7 @@ def test_a_run_that_goes_on_says_of_how_many_and_what_is_not_measured_is_a_dash(
      ["the paper's gain (Qwen2.5-1.5B-Instruct, 5 seeds) is +6.05"]),
     ({"bench": "nexusraven", "data": "bundled"}, RECORDS,
      ["bundled samples, made for this project; they are not the benchmark"]),
-    ({"bench": "nexusraven", "data": "mine.json"}, RECORDS, []), ({"bench": []}, RECORDS, []),
+    ({"bench": "nexusraven", "data": "mine.jsonl"}, RECORDS, []), ({"bench": []}, RECORDS, []),
     ({"uses_labels": True}, RECORDS, ["uses labels"]), ({}, [], ["no finished sample yet"]),
     ({}, FAILED, ["non-finite, the direct answer stands: 1",
                   "out of memory, the direct answer stands: 1",
@@ -173,6 +173,19 @@ def test_a_run_that_goes_on_says_of_how_many_and_what_is_not_measured_is_a_dash(
 def test_what_a_reader_must_know_stands_below(config, records, notes):
     lines = table([Run(Path("x"), config, records)]).splitlines()
     assert [line for line in lines if line.startswith("x: ")] == [f"x: {note}" for note in notes]
+
+
+def test_without_gold_answers_nothing_is_counted_right_or_wrong():
+    bare = exact_match(F, replace(SAMPLE, answers=None))
+    assert (bare.exact, bare.reason) == (None, "no gold answer")
+    records = [record(id, True, True, base=bare, answer=bare) for id in "ab"]
+    s = summarise([*records, RECORDS[0]])
+    assert (s["n"], s["no_gold"], s["answer_accuracy"], s["fixed"], s["harmed"]) == (3, 2, 1, 1, 0)
+    assert s["reasons"] == {} and "answer_accuracy" not in summarise(records)
+    _, _, row, note = table([Run(Path("x"), {}, records)]).splitlines()
+    assert row.split() == "x 2 2 2 0 - - - 0 0 - 1.50".split()
+    assert note == "x: without a gold answer, so neither right nor wrong: 2"
+    assert f"     after  {F}   (no gold answer)" in story(records[0], 0.95)
 
 
 # --- The story ------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ EDITS = [   # file, old, new -> what is computed anew: H, G, T, (a)sks, t(r)ies
     ("model.py", "rsqrt(y.pow(2)", "rsqrt(y.pow(4)", "HT"),
     ("data/chat.py", "add_special_tokens=False", "add_special_tokens=True", "H"),
     ("evaluate.py", "not reason and as_asked", "reason and as_asked", ""),
-    ("train.py", 'RUN, "the benchmark"', 'RUN, "a benchmark"', "")]
+    ("train.py", 'RUN, "the benchmark', 'RUN, "a benchmark', "")]
 
 
 def digests() -> dict[str, str]:
@@ -345,6 +345,36 @@ def test_two_configurations_never_meet_in_a_folder(tmp_path, monkeypatch, one, o
         folders.append(train.run_folder(config, {"numerics": numerics}))
         assert len(Path(folders[-1]).name.encode()) < 200 and "*" not in folders[-1]
     assert folders[0] != folders[1]
+
+
+@pytest.mark.parametrize("data_", ["mine/home.jsonl", "mine"])
+def test_own_data_runs_under_its_own_name(tmp_path, monkeypatch, capsys, data_):
+    """A file, or the folder of one. One more sample recomputes nothing of the others, and without
+    gold answers nothing is right or wrong."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    item = json.loads(ITEM % ("hi", "f", ""))[0]
+    own = tmp_path / "mine" / "home.jsonl"
+    own.write_text(json.dumps(item))
+    options = ["--data", data_, "--model", "tiny", "--device", "cpu", "--max-new-tokens", "4"]
+    assert main(options) == 0
+    said = capsys.readouterr().out
+    assert "the samples of mine/home.jsonl" in said and "paper" not in said and "real" not in said
+    folder, = (tmp_path / "runs").glob("home-tiny-ttsi-max_new_tokens=4-s0-*")
+    assert [record.id for record in read_run(folder).records] == ["home-0"]
+    del item["answers"]
+    own.write_text(own.read_text() + "\n" + json.dumps(item | {"id": "b"}))
+    assert main(options) == 0
+    said = capsys.readouterr().out
+    assert "kept: 1 of 2 samples; to compute: 1" in said
+    assert "without a gold answer, so neither right nor wrong: 1" in said
+    (tmp_path / "mine" / "other.json").write_text("[]")
+    assert main(["--data", "mine"]) == 2
+    assert "mine has 2 files .json and .jsonl" in capsys.readouterr().err
+    assert main(["--data", "gone.json"]) == 2
+    assert "no file gone.json; --data and $TTSI_DATA take a file" in capsys.readouterr().err
+    assert main(["--bench", "apibank_l2", "--data", "bundled"]) == 2
+    assert "bundled are only apibank, nexusraven, sealtool, toolalpaca" in capsys.readouterr().err
 
 
 def test_a_model_here_has_a_name(tmp_path, monkeypatch):
