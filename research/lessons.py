@@ -20,10 +20,9 @@ import torch.nn.functional as F
 import data
 import train
 from augment import (ASK_JOINT, JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, Found, Pair,
-                     Prompt, Try, Writer, check_calls, check_request, synthesize, try_call_first,
-                     try_joint)
+                     Prompt, Try, Writer, check_request, synthesize, try_call_first, try_joint)
 from data import Sample, Task, call_prompt, request_text, with_request
-from data.calls import Call, as_json, call_keys, call_text, parse_calls
+from data.calls import Call, as_json, call_keys, call_text, check_call, parse_calls
 from data.runs import Kept, Lines, digest, stage
 from lora import Params, adapters
 from model import Blank, Form, seeded
@@ -96,6 +95,12 @@ def majority(texts: Sequence[str], sample: Sample) -> list[str]:
     for text in texts:
         alike.setdefault(meaning(text, sample), []).append(text)
     return max(alike.values(), key=len, default=[])
+
+
+def check_calls(calls: Sequence[Call], sample: Sample) -> str:
+    """Why calls do not fit the sample's tools; "" if they do."""
+    reasons = [check_call(call, sample.tools) for call in calls]
+    return next(filter(None, reasons), "") if calls else "no call could be read"
 
 
 def valid(texts: Sequence[str], sample: Sample) -> list[str]:
