@@ -69,8 +69,8 @@ class Tokenizer:
                              "(<|start_header_id|>, <|end_header_id|>, <|eot_id|>)")
         self.im_start, = self.special[self.format.turn[0]]      # begins a turn, in any format
         self.im_end, = [*self.special.values()][-1]             # ends it
-        eos = said.get("eos_token_id") or []    # of a base model it may lack the turn's end
-        eos = eos if isinstance(eos, list) else [eos]
+        eos = said.get("eos_token_id")          # of a base model it may lack the turn's end
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self.eos: frozenset[int] = frozenset([*eos, self.im_end])
         whole = self.bpe.to_str() + str(sorted(self.eos)) + str(self.format)
         self.digest = hashlib.sha256(whole.encode()).hexdigest()

@@ -467,7 +467,9 @@ def test_the_end_of_a_turn_ends_an_answer_whatever_the_configs_say(tmp_path):
     """A base model's generation_config names the end of a text alone."""
     end, turn = [train_tokenizer().token_to_id(name) for name in ("<|endoftext|>", "<|im_end|>")]
     write_checkpoint(tmp_path)
-    for said, eos in ((end, {end, turn}), ([end], {end, turn}), (None, {turn}), (turn, {turn})):
+    cases = [(end, {end, turn}), ([end], {end, turn}), (None, {turn}), (turn, {turn}),
+             (0, {0, turn})]
+    for said, eos in cases:
         (tmp_path / GENERATION).write_text(json.dumps({"eos_token_id": said}))
         assert Tokenizer(tmp_path).eos == eos
     (tmp_path / GENERATION).unlink()
