@@ -35,7 +35,7 @@ from augment import ASK_JOINT, ASK_PAIR, JOINT_START, PAIR_START
 from data import ASK_CALL, SYSTEM, Sample, call_prompt, request_text
 from data.calls import CALL_START, as_json, call_text, required_arguments
 from data.chat import Tokenizer
-from data.formats import parse_item
+from data.formats import of_query
 from model import ModelConfig, Qwen2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -502,13 +502,19 @@ def fixed_text() -> list[str]:
             "\n</tool_response>"]
 
 
+def sample_of(item: dict) -> Sample:
+    """A task as the loaders read it from a file."""
+    read = of_query(item)
+    return Sample("train", read.messages, read.tools, read.answers)
+
+
 def make_tokenizer(folder: Path, vocabulary: int, seed: int) -> Tokenizer:
     """Train the byte-level BPE on prompts and answers; the folder has its config.json."""
     longest_first = sorted(fixed_text(), key=len, reverse=True)
     fixed, texts = re.compile("|".join(re.escape(text) for text in longest_first)), []
     for bench in BENCHES:
         for item in generate(bench, "train", seed, 4000, vague=0.0):
-            sample = Sample("train", *parse_item(item))
+            sample = sample_of(item)
             prompt = "".join(f"{m['role']}\n{m['content']}" for m in call_prompt(sample))
             texts += fixed.split(prompt + call_text(sample.answers))
     bpe = tokenizers.Tokenizer(models.BPE())
@@ -528,14 +534,14 @@ def make_tokenizer(folder: Path, vocabulary: int, seed: int) -> Tokenizer:
 def example(r: Random, tokenizer: Tokenizer, stage: Stage, words: Wording) -> Example:
     """One training example: a call; or a pair like another, call first, or request first."""
     item = make_task(r, r.choice(BENCHES), words)
-    sample = Sample("train", *parse_item(item))
+    sample = sample_of(item)
     chat, kind = call_prompt(sample), r.choices(("call", "pair", "joint"), stage.mix)[0]
     if kind == "call":
         answer = call_text(sample.answers)
     else:
         calls = item["answers"][:1] if kind == "pair" else item["answers"]
         like = similar({**item, "answers": calls}, r, replace(words, vague=0.0, unsaid=UNSAID))
-        new, request = Sample("train", *parse_item(like)), request_text(sample)
+        new, request = sample_of(like), request_text(sample)
         if kind == "pair":
             ask, begun = ASK_PAIR, '{"name": "'
             call = as_json(asdict(sample.answers[0]))

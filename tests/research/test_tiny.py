@@ -10,7 +10,6 @@ import torch
 from data import Sample
 from data.calls import check_call
 from data.chat import Tokenizer
-from data.formats import parse_item
 from model import ModelConfig
 from research import tiny
 
@@ -49,7 +48,7 @@ def test_no_tool_noun_or_phrase_of_the_bundled_samples_is_ever_in_training(train
 def checked(item: dict) -> Sample:
     """The sample, whose gold calls fit its tools, and of whose values each stands in its request;
     flags are said in words."""
-    sample = Sample("x", *parse_item(item))
+    sample = tiny.sample_of(item)
     said = " ".join(message["content"] for message in sample.messages)
     for call in sample.answers:
         assert not check_call(call, sample.tools), item
