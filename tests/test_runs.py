@@ -454,7 +454,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nothing_had_happened(
             killed += 1
         else:                                   # it was faster: again from the start
             assert process.exitcode == 0 and found(folder) == records[:2]
-            folder = tmp_path / str(killed)
+            folder, seconds = tmp_path / f"{killed}-{seconds:.3f}", 0.7 * seconds
     assert run(loaded, folder, limit=2) == 0 and found(folder) == records[:2]
 
 
