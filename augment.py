@@ -372,7 +372,8 @@ class ServerWriter:
                 choice = client.chat_completion(**request, seed=seed).choices[0]
                 written = Written(first + reply(choice.message, start, first))
                 if choice.finish_reason == "length":
-                    written.problem = f"cut at {request.get('max_tokens', 'its limit of')} tokens"
+                    limit = request.get("max_tokens")           # None: an option left it out
+                    written.problem = f"cut at {limit} tokens" if limit else "cut at the limit"
                 return written
             except OfflineModeIsEnabled as error:
                 ended.set()

@@ -73,8 +73,8 @@ def test_tt_d_runs_against_it_from_end_to_end(teacher, tmp_path):
     url, name = teacher
     assert train.main(["--bench", "sealtool", "--model", "tiny", "--device", "cpu", "--limit", "2",
                        "--tau", "1", "--method", "ttd", "--teacher", url, "--teacher-model", name,
-                       "--out", str(tmp_path / "run")]) == 0
+                       "--teacher-option", "max_tokens=9", "--out", str(tmp_path / "run")]) == 0
     run = read_run(tmp_path / "run")
     assert [record.outcome for record in run.records] == ["no pair"] * 2
     assert all(len(record.rejected) == 3 for record in run.records)
-    assert run.config["facts"]["writer"] == f"{name} at {url}"
+    assert run.config["facts"]["writer"] == f"{name} at {url} max_tokens=9"
