@@ -445,9 +445,9 @@ def refusal(response: object) -> str:
         body = error.get("message", body) if isinstance(error, dict) else error
     except (ValueError, TypeError, RecursionError):
         pass
-    line = " ".join(str(body).replace(":", ",").split())[:100]
     secret = os.environ.get("OPENAI_API_KEY", "").strip()
-    return line.replace(secret, "...") if secret else line
+    body = str(body).replace(secret, "...") if secret else str(body)     # before the line is cut
+    return " ".join(body.replace(":", ",").split())[:100]
 
 
 Writer = LocalWriter | ServerWriter     # by its name here their code is in the key of G

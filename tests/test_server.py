@@ -143,6 +143,9 @@ def test_one_refused_prompt_is_one_rejection_and_the_others_get_what_they_get(se
     assert said.startswith(f"refused by the server, HTTP {status} prompt too long, key ... xx")
     assert len(said) < 200 and "\n" not in said and ":" not in said
     assert rejected(texts[1]) == [f"{said}: no call could be read"]
+    server.script = [(status, {}, b"x" * 95 + KEY.encode())]        # where the line is cut
+    said = writer([prompts[0]], 10, 0.7, 0.9, [(0, "id", 9)])[0].problem
+    assert KEY[:3] not in said
 
 
 def rejected(text: str) -> list[str]:
