@@ -122,14 +122,15 @@ class Qwen2(nn.Module):
         if not isinstance(ids, torch.Tensor):
             longest = max(map(len, ids))
             ids = torch.tensor([[*row, *[PAD] * (longest - len(row))] for row in ids])
-        ids = ids.to(self.model.embed_tokens.weight.device)
-        positions, visible = cache.claim(ids)
+        device = self.model.embed_tokens.weight.device
+        positions, visible = [at if isinstance(at, str) else at.to(device)
+                              for at in cache.claim(ids.cpu())]
         if cache.length > self.config.max_position_embeddings:
             raise OverflowError(f"{cache.length} tokens exceed the model's context of "
                                 f"{self.config.max_position_embeddings}")
         d = self.model.layers[0].self_attn.d
         rotation = rotary_angles(positions, d, self.config.rope_theta, self.config.rope_scaling)
-        x = self.model.embed_tokens(ids.clamp(min=0))
+        x = self.model.embed_tokens(ids.clamp(min=0).to(device))
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.on_a_fork, block, x, rotation, visible, cache,
@@ -262,7 +263,7 @@ class KVCache:
     """Ids, keys and values of the tokens read so far. Positions are the cache's, so several caches
     can coexist. A slot with the id PAD is a hole: no token attends to it, and it takes no
     position."""
-    ids: torch.Tensor | None = None                             # (rows, read)
+    ids: torch.Tensor | None = None             # (rows, read), on the CPU: no pass waits for a GPU
     keys: list[torch.Tensor] = field(default_factory=list)      # a layer: (rows, groups, read, d)
     values: list[torch.Tensor] = field(default_factory=list)    # likewise
     length: int = 0                                             # slots in use, holes included
@@ -275,7 +276,7 @@ class KVCache:
         self.ids = ids if past == 0 else torch.cat((self.ids, ids), dim=1)
         self.length += new
         self.holes = self.holes or bool(hole.any())
-        slot = torch.arange(self.length, device=ids.device)
+        slot = torch.arange(self.length)
         in_order = slot[past:].expand(len(ids), new)
         if new == 1 and not self.holes:
             return in_order, ALL

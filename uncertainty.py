@@ -64,7 +64,7 @@ def softmax_difference(log_likelihoods: torch.Tensor) -> float:
 @dataclass
 class PrefixCaches:
     """Recent KV caches of the base weights, found by their token ids, up to `max_bytes`: a long
-    system turn serves many samples."""
+    system turn serves many samples, and what H has read of x serves the adapted answer."""
     model: Qwen2
     max_bytes: int = 2 << 30
     caches: OrderedDict[tuple[int, ...], KVCache] = field(default_factory=OrderedDict)
@@ -91,19 +91,16 @@ class PrefixCaches:
     @torch.no_grad()
     def read(self, ids: Sequence[int], rest: Sequence[int] = ()) -> KVCache:
         """A cache that holds `ids`, and then `rest`. The caller may extend it: it is a fork of the
-        kept one, which ends with `ids`."""
-        key = tuple(ids)
+        kept one."""
+        key = (*ids, *rest)
         if key not in self.caches:
-            cache = KVCache()
-            self.model([key], cache)
+            cache = self.read(ids) if rest else KVCache()
+            self.model([rest or key], cache)
             self.caches[key] = cache
             while len(self.caches) > 1 and self.bytes() > self.max_bytes:
                 self.caches.popitem(last=False)
         self.caches.move_to_end(key)
-        cache = self.caches[key].fork()
-        if rest:
-            self.model([rest], cache)
-        return cache
+        return self.caches[key].fork()
 
     def bytes(self) -> int:
         return sum(t.nbytes for c in self.caches.values() for t in (*c.keys, *c.values))

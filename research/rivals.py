@@ -25,11 +25,10 @@ from data.calls import Call, call_text, parse_calls, required_arguments
 from data.runs import Kept, Lines, Record, digest, stage
 from evaluate import exact_match
 from lora import Params, adapters
-from model import generate, seeded
+from model import KVCache, generate, seeded
 from research.lessons import majority, valid
 from research.stream import Looked, Samples, adapt_with, answer_with, fresh, pairs_as_lessons
 from train import Adapted, Agent, Lesson, Outcome, adapt, answer_loss, assess, option, schedule
-from uncertainty import PrefixCaches
 
 RIVAL = "the rival"
 ASK_AGAIN = ("You were not sure of this answer. Think again from the start, and answer with "
@@ -104,12 +103,12 @@ class Sampled:
 
 @stage("S", Sampled, *assess.stage.reads, "draws", "temperature", "top_p", "seed")
 def draw(agent: Agent, samples: Samples, config: RivalConfig,
-         prefixes: PrefixCaches | None = None) -> list[Sampled]:
-    """--draws sampled answers to the usual prompt, each from a generator of its own. prefixes: what
-    the model has read, if adapters act on it."""
+         read: tuple[list[KVCache], list[list[int]]] | None = None) -> list[Sampled]:
+    """--draws sampled answers to the usual prompt, each from a generator of its own. read: what was
+    read of each prompt and what was not, if adapters act on it."""
     chats = [call_prompt(x) for x in samples for _ in range(config.draws)]
     keys = [(config.seed, x.id, "sample", i) for x in samples for i in range(config.draws)]
-    caches, last = (prefixes or agent.prefixes).split(agent.tokenizer, chats, "last")
+    caches, last = read or agent.prefixes.split(agent.tokenizer, chats, "answer")
     rows = iter(generate(agent.model, agent.tokenizer, last, config.max_new_tokens, caches,
                          config.temperature, config.top_p, keys))
     return [Sampled(x.id, texts=[row.text for row in islice(rows, config.draws)]) for x in samples]
@@ -137,11 +136,13 @@ def retry(samples: Samples, config: RivalConfig, kept: Kept) -> list[Outcome]:
 
 def draw_adapted(agent: Agent, x: Sample, params: Params, config: RivalConfig) -> dict:
     """A sample's sampled answers by the model with an adapter, and the seconds."""
-    # what an adapter reads is not for theta_0; with suffix, theta_0 has read the tools for it
-    prefixes = agent.prefixes if config.adapt == "suffix" else PrefixCaches(agent.model)
     start = time.perf_counter()
-    with adapters(agent.model, params, config.alpha):
-        line, = draw(agent, [x], config, prefixes)
+    caches, (rest,) = agent.prefixes.split(agent.tokenizer, [call_prompt(x)], config.adapt)
+    cache = caches[0] if caches else KVCache()
+    with adapters(agent.model, params, config.alpha), torch.no_grad():
+        if rest[:-1]:                       # what the adapter acts on is read once for all draws
+            agent.model([rest[:-1]], cache)
+        line, = draw(agent, [x], config, ([cache] * config.draws, [rest[-1:]] * config.draws))
     return asdict(replace(line, seconds=time.perf_counter() - start))
 
 

@@ -124,8 +124,9 @@ def test_a_sample_fares_as_in_a_plain_transcription_of_algorithm_1(
     model.checkpointing = False
     assert state(model) == before                       # l.9  every bit is theta_0's again
     (key, cache), = forgetful.caches.items()
-    fresh = PrefixCaches(model).read(key)               # the tools were read by theta_0 alone
-    assert all(torch.equal(a, b) for a, b in zip(fresh.keys, cache.keys, strict=True))
+    fresh = PrefixCaches(model).read(key)               # what is kept was read by theta_0 alone
+    for own, kept in zip(fresh.keys, cache.keys, strict=True):
+        assert torch.allclose(own, kept, atol=1e-5)
 
     head, rest = tokenizer.chat(call_prompt(sample))
     direct, cache = plain_answer(model, tokenizer, head + rest), KVCache()

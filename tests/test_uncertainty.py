@@ -121,6 +121,19 @@ def test_a_prefix_is_read_once_and_its_forks_do_not_change_the_kept_one(model):
     assert passes == [10, 3, 3, 3] and caches.read(range(10)).length == 10
 
 
+def test_what_h_has_read_of_x_is_not_read_again(model, tokenizer):
+    """Nor are the tools, for another x."""
+    caches, passes = PrefixCaches(model), []
+    model.register_forward_hook(lambda module, args, out: passes.append(len(args[0][0])))
+    other = [*MESSAGES[:-1], {"role": "user", "content": "Another request"}]
+    (system, rest), (_, others) = tokenizer.chat(MESSAGES), tokenizer.chat(other)
+    for chat in (MESSAGES, other, MESSAGES):
+        (cache,), _ = caches.split(tokenizer, [chat], "answer")
+        model([[7]], cache)                                         # extends a fork alone
+    assert passes == [len(system), len(rest) - 1, 1, len(others) - 1, 1, 1]
+    assert cache.ids.tolist() == [[*system, *rest[:-1], 7]]
+
+
 def test_the_least_recently_read_prefix_is_dropped_first_and_the_last_one_never(model):
     one, passes = PrefixCaches(model, max_bytes=1), []
     one.read(range(10))

@@ -120,7 +120,7 @@ def test_icl_shows_k_labelled_examples_drawn_for_each_sample_and_asks_of_all(age
     assert all(shown[i] != shown[i + 1] for i in (0, 2, 4))
 
 
-@pytest.mark.parametrize("adapt", ["full", "suffix"])
+@pytest.mark.parametrize("adapt", ["full", "suffix", "answer"])
 def test_then_vote_samples_each_samples_own_model(agent, adapt):
     """At temperature 0 a sampled answer is the greedy one: of the adapter, or of the base model."""
     g, h = [[Pair("Do 0.", "a text")], []], [(ONE, 0.0), (ONE, 0.0), (ONE, 1.0)]
