@@ -3,6 +3,8 @@
     python tests/benchmark.py                                       # the bundled model
     python tests/benchmark.py --model DIR --bench toolalpaca --data DIR --limit 1 --dtype bfloat16
     python tests/benchmark.py --random 1.5b --device cuda --dtype bfloat16 --batch 8
+    python tests/benchmark.py --growth --model DIR                  # longer prompts, more tools
+    python tests/benchmark.py --count 7b --tokens 4000              # operations and bytes, no run
 
 Both sides have the same weights, prompts and number of tokens, and take turns; seconds are medians.
 The plain side is what one writes first: every prompt whole, every candidate alone, logits
@@ -38,11 +40,11 @@ SIZES = {   # hidden, feed-forward, layers, heads, key/value heads, tied embeddi
     "7b": (3584, 18944, 28, 28, 4, False, 152064)}
 NEW = 32                # tokens that each answer and each request has here
 SURE = ("prefill", "score", "direct answer")
-FULL = ("pair", "train full", "adapted answer full")
-SUFFIX = ("pair", "train suffix", "adapted answer suffix")
-ROWS = {stage: (stage,) for stage in SURE + FULL + SUFFIX[1:]} | {
-    "scoring, nothing cached": SURE[:2], "a certain sample": SURE,
-    "an uncertain one, full": SURE + FULL, "an uncertain one, suffix": SURE + SUFFIX}
+SCOPES = ("answer", "suffix", "full")       # the one with the smallest peak of memory first
+PARTS = {scope: (f"train {scope}", f"adapted answer {scope}") for scope in SCOPES}
+ROWS = {stage: (stage,) for stage in (*SURE, "pair", *sum(PARTS.values(), ()))} | {
+    "scoring, nothing cached": SURE[:2], "a certain sample": SURE} | {
+    f"an uncertain one, {scope}": (*SURE, "pair", *PARTS[scope]) for scope in SCOPES}
 
 
 class Clock:
@@ -62,7 +64,7 @@ class Clock:
 
     def median(self, *stages: str) -> float:
         """Of their sum, without the first time; the plain side has no prefill and one adapt."""
-        known = [stage if stage in self.seconds else stage.replace("suffix", "full")
+        known = [stage if stage in self.seconds else f"{stage.rpartition(' ')[0]} full"
                  for stage in stages]
         return sum(statistics.median(self.seconds[s][1:]) for s in known if s in self.seconds)
 
@@ -88,7 +90,8 @@ def pair_prompt(sample: data.Sample) -> Prompt:
     return Prompt(prompt.messages, prompt.start + prompt.form.start)
 
 
-def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, config) -> None:
+def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, config,
+         scopes=SCOPES) -> None:
     prefixes = PrefixCaches(model)
     head, rest = tokenizer.chat(call_prompt(sample))
     names, target = call_names(sample), target_ids(tokenizer, sample)
@@ -103,7 +106,7 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
     writer, ask = LocalWriter(model, tokenizer, prefixes), pair_prompt(sample)
     clock("pair", lambda: writer([ask], 2 * NEW, config.temperature, config.top_p, [("pair",)]),
           2 * NEW)
-    for adapt in ("full", "suffix"):
+    for adapt in scopes:
         caches, (prompt,) = prefixes.split(tokenizer, [call_prompt(sample)], adapt)
         params = new_params(model, config.rank, [seeded("lora")])
         with adapters(model, params, config.alpha) as tensors:
@@ -195,11 +198,14 @@ def report(model: Qwen2, here: Clock, there: Clock) -> None:
                   if "embed" not in name or model.config.tie_word_embeddings)
     print(f"{'stage':24}{'ours, s':>10}{'plain, s':>10}{'ratio':>8}{'of the ceiling':>16}")
     for row, stages in ROWS.items():
+        if here.seconds and not all([stage in here.seconds for stage in stages]):
+            continue
         mine, other = here.median(*stages), there.median(*stages)
         ratio = f"{other / mine:7.1f}x" if mine and other else " " * 8
         share = ""
         if row in here.tokens:
-            operations = (6 if "train" in row else 2) * weights * here.tokens[row]
+            # a frozen weight passes a gradient on and has none: 2 + 2 operations a token
+            operations = (4 if "train" in row else 2) * weights * here.tokens[row]
             share = f"{operations / mine / flops:15.0%}"
             if "answer" in row or row == "pair":
                 moved = weights * dtype.itemsize * here.tokens[row]
@@ -242,23 +248,81 @@ def fast_paths(model: Qwen2) -> None:
             lambda: choose(logits, 0.7, 0.95, [seeded(0)]))
 
 
-def together(model: Qwen2, tokenizer: Tokenizer, samples: list, size: int, config) -> None:
-    """Print how much faster `size` samples are adapted in one batch than one after another."""
-    examples = []
-    for sample in (samples * size)[:size]:
-        examples.append((prompt_ids(tokenizer, call_prompt(sample)), target_ids(tokenizer, sample)))
+def together(model: Qwen2, tokenizer: Tokenizer, samples: list, size: int, config,
+             there: Clock) -> None:
+    """Print seconds a sample where samples go through Algorithm 1 one by one and `size` at a time,
+    beside the plain side's. Those that share their tools share what is read of them."""
+    config = replace(config, max_new_tokens=NEW, adapt="answer")
+    plain = there.median(*SURE, "pair", *PARTS["full"])
+    for batch in (1, size):
+        prefixes = PrefixCaches(model)
+        writer = LocalWriter(model, tokenizer, prefixes)
+        agent = train.Agent(train.CALLING, model, tokenizer, prefixes, writer, {}, batch)
+        clock = Clock()
+        for i in range(0, len(samples), batch):
+            part = samples[i:i + batch]
+            asks, lessons = [pair_prompt(x) for x in part], [[(x, call_text(x.answers))]
+                                                             for x in part]
+            clock("H", lambda: train.assess(agent, part, config))
+            clock("G", lambda: writer(asks, 2 * NEW, config.temperature, config.top_p,
+                                      [("pair", x.id) for x in part]))
+            clock("T", lambda: train.learn(agent, part, lessons, config))
+        spent = {stage: sum(seconds) / len(samples) for stage, seconds in clock.seconds.items()}
+        whole = sum(spent.values())
+        stages = ", ".join([f"{stage} {seconds:.2f}" for stage, seconds in spent.items()])
+        ratio = f", {plain / whole:.1f}x" if plain else ""
+        print(f"{len(samples)} samples, answer, {batch} at a time: {whole:.2f} s a sample "
+              f"({stages}){ratio}")
 
-    def fit(part):
-        params = new_params(model, config.rank, [seeded("lora", i) for i in range(len(part))])
-        with adapters(model, params, config.alpha) as tensors:
-            train.fine_tune(model, [(part, [])], tensors, config)
-    clock = Clock()
-    for _ in range(2):
-        clock("together", lambda: fit(examples))
-        clock("one by one", lambda: [fit([example]) for example in examples])
-    at_once, alone = clock.median("together"), clock.median("one by one")
-    print(f"{size} samples adapted, full: {at_once:.2f} s together, {alone:.2f} s one after "
-          f"another: {alone / at_once:.1f}x")
+
+def sized(tokenizer: Tokenizer, samples: list, tools: int, tokens: int) -> data.Sample:
+    """A sample with so many tools, the shortest there are, whose prompt has so many tokens: the
+    first tool's description is that much longer."""
+    pool = {tool["name"]: tool for x in samples for tool in x.tools}
+    pool = sorted(pool.values(), key=lambda tool: len(tokenizer.encode(str(tool))))
+    x = replace(samples[0], tools=tuple(pool[:tools]))
+    missing = tokens - len(prompt_ids(tokenizer, call_prompt(x)))
+    first = {**pool[0], "description": pool[0]["description"] + " and so on" * (missing // 3)}
+    return replace(x, tools=(first, *x.tools[1:]))
+
+
+def growth(model: Qwen2, plain, tokenizer: Tokenizer, samples: list, config, longest: int) -> None:
+    """Print seconds by the length of the prompt, and by the number of tools. What acts on all
+    tokens is run up to `longest` of them."""
+    shapes = [(tokens, 2) for tokens in (250, 500, 1000, 2000, 4000)] + [(1000, 8), (1000, 24)]
+    ours(Clock(), model, tokenizer, sized(tokenizer, samples, 2, 250), config)  # to warm up
+    print("tokens tools " + " ".join([f"{name.replace(' ', '-')}" for name in ROWS]) + " plain")
+    for tokens, tools in shapes:
+        sample, here, there = sized(tokenizer, samples, tools, tokens), Clock(), Clock()
+        ours(here, model, tokenizer, sample, config, SCOPES if tokens <= longest else SCOPES[:2])
+        if plain and tokens <= longest:
+            plainly(there, plain, tokenizer, sample, config)
+        row = [sum([sum(here.seconds[s]) for s in stages])
+               if all([s in here.seconds for s in stages]) else float("nan")
+               for stages in ROWS.values()]
+        row.append(sum([sum(each) for each in there.seconds.values()]) or float("nan"))
+        length = len(prompt_ids(tokenizer, call_prompt(sample)))
+        print(length, tools, " ".join([f"{value:.2f}" for value in row]), flush=True)
+
+
+def count(size: str, tokens: int, names: int = 8, answer: int = NEW) -> None:
+    """Print what a sample takes on paper, in bfloat16: operations of the products with weights,
+    and bytes of the weights that are read, by stage. Attention, caches and adapters are left
+    out. A prompt's last 60 tokens follow the tools; a name has 4."""
+    hidden, wide, layers, heads, groups, tied, vocabulary = SIZES[size]
+    d = hidden // heads
+    body = layers * (hidden * d * (2 * heads + 2 * groups) + 3 * hidden * wide)
+    head, rest, train_on = hidden * vocabulary, 60, {"answer": 1, "suffix": 60, "full": tokens}
+    rows = {"prefill": (2 * body * (tokens - rest), 1), "score": (2 * body * (rest + 4 * names), 2),
+            "direct answer": (2 * (body + head) * answer, answer),
+            "pair": (2 * (body + head) * 2 * answer, 2 * answer)}
+    for scope, read in train_on.items():
+        rows[f"train {scope}"] = (5 * (4 * body * (read + answer) + 4 * head * answer), 10)
+        rows[f"adapted answer {scope}"] = (2 * body * read + 2 * (body + head) * answer, answer)
+    print(f"{size}, a prompt of {tokens} tokens, {names} tools, answers of {answer}, bfloat16")
+    print(f"{'stage':24}{'TFLOP':>10}{'GB':>10}")
+    for stage, (operations, passes) in rows.items():
+        print(f"{stage:24}{operations / 1e12:10.2f}{2 * (body + head) * passes / 1e9:10.1f}")
 
 
 def main() -> None:
@@ -275,8 +339,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--only", choices=("ours", "plain"), help="one side, for its peak memory")
-    parser.add_argument("--batch", type=int, default=0, help="also adapt so many samples at once")
+    parser.add_argument("--scopes", nargs="*", default=SCOPES, help="what the "
+                        "adapter acts on; without one nothing is adapted (default: all three)")
+    parser.add_argument("--batch", type=int, default=0, help="also take so many samples at a time")
+    parser.add_argument("--in-a-row", type=int, default=8, help="with --batch: of so many, which "
+                        "share the first one's tools where the file has so many (default: 8)")
+    parser.add_argument("--growth", action="store_true", help="seconds by length and by tools")
+    parser.add_argument("--longest", type=int, default=1000, help="with --growth: the longest "
+                        "prompt that is adapted as a whole (default: 1000 tokens)")
+    parser.add_argument("--count", choices=SIZES, help="operations and bytes on paper, and end")
     args = parser.parse_args()
+    if args.count:
+        return count(args.count, args.tokens or 1000)
     dtype = getattr(torch, args.dtype)
     tokenizer, config = Tokenizer(args.model), train.Config(lr=1e-4)
     tokenizer.eos = frozenset()             # both sides write on to the limit
@@ -287,6 +361,10 @@ def main() -> None:
         tools = {tool["name"]: tool for sample in samples for tool in sample.tools}
         samples = [replace(x, tools=tuple(({t["name"]: t for t in x.tools} | tools).values())[:24])
                    for x in samples]
+    if args.growth:
+        plain = None if args.only == "ours" else in_transformers(model)
+        return growth(model, plain, tokenizer, samples, config, args.longest)
+    everyone = samples
     lengths = {x.id: len(prompt_ids(tokenizer, call_prompt(x))) for x in samples}
     wanted = args.tokens or statistics.median_low(lengths.values())
     shortest = min(samples, key=lambda x: lengths[x.id])
@@ -295,7 +373,7 @@ def main() -> None:
     here, there = Clock(), Clock()
     for sample in [shortest, *samples]:                 # the first is to warm up
         if args.only != "plain":
-            ours(here, model, tokenizer, sample, config)
+            ours(here, model, tokenizer, sample, config, args.scopes)
         if plain:
             plainly(there, plain, tokenizer, sample, config)
     first = samples[0]
@@ -311,7 +389,9 @@ def main() -> None:
     else:
         fast_paths(model)
     if args.batch:
-        together(model, tokenizer, samples, args.batch, config)
+        alike = [x for x in everyone if x.tools == first.tools]
+        alike = alike if len(alike) >= args.in_a_row else everyone
+        together(model, tokenizer, alike[:args.in_a_row], args.batch, config, there)
 
 
 if __name__ == "__main__":
