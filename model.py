@@ -102,6 +102,7 @@ class Qwen2(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False      # training keeps only each block's input (Chen et al. 2016)
+        self.repetition_penalty = 1.0   # in decoding; 1: none
         layers = nn.ModuleList()
         for i in range(config.num_hidden_layers):
             layers.append(Block(config, i))
@@ -479,6 +480,8 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
     """What follows each of several prompts, which continue a cache each by at least one token, or
     nothing. temperature 0 is greedy; else each row draws from a generator seeded by its own key, so
     its text does not depend on its neighbours. Rows that have ended stay, as holes, until all have.
+    log_p and entropy are the model's own, whatever model.repetition_penalty is: so they are
+    comparable with l_n, and with those of another penalty.
 
     A row with a form, which its prompt has begun, ends with its last blank; the row's ids include
     the fixed parts between the blanks.
@@ -497,14 +500,17 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
         places = first[:, None] + torch.arange(len(looked_up) + 1)      # (rows, looked up + 1)
         logits = model.lm_head(hidden[torch.arange(len(rows))[:, None], places]).float()
         for agreed in range(len(looked_up) + 1):    # looked-up tokens that were also chosen
-            step = logits[:, agreed]                                                # (rows, vocab)
+            step = own = logits[:, agreed]                                          # (rows, vocab)
+            if model.repetition_penalty != 1:       # what is looked up stands further back, too
+                step = penalised(own, cache.ids, model.repetition_penalty)
             tokens = choose(step, temperature, top_p, generators)
             if temperature == 0:
-                log_p = step.log_softmax(-1)
+                log_p = own.log_softmax(-1)
                 entropy = torch.special.entr(log_p.exp()).sum(-1).tolist()
-                for row, best, spread in zip(rows, log_p.amax(-1).tolist(), entropy):
+                chosen = log_p[range(len(rows)), tokens].tolist()
+                for row, likelihood, spread in zip(rows, chosen, entropy):
                     if not row.ended:
-                        row.log_p.append(best)
+                        row.log_p.append(likelihood)
                         row.entropy.append(spread)
             unread = [row.write(token, tokenizer.eos, max_new_tokens)
                       for row, token in zip(rows, tokens)]
@@ -548,6 +554,19 @@ class Decoded:
         self.ids += new
         self.ended = self.ended or len(self.ids) >= limit
         return new or [PAD]
+
+
+def penalised(logits: torch.Tensor, ids: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits (rows, vocab) in which each token that `ids` (rows, read) hold is less likely: divided
+    by the penalty where positive, else multiplied (CTRL, Keskar et al. 2019), once for all times
+    that it stands there, in the prompt or the answer. A hole is no token."""
+    # ours: as transformers' generate() does, whose default is the checkpoint's own penalty.
+    vocab = logits.shape[1]
+    there = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
+    ids = ids.where(ids != PAD, vocab).to(logits.device)            # holes: a column of their own
+    there.scatter_(1, ids, True)
+    less = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(there[:, :vocab], less, logits)
 
 
 LIKELY = 256            # a nucleus is looked for among so many likely tokens first

@@ -89,12 +89,14 @@ class Assessed:
     prompt_tokens: int = 0
     text: str = ""                      # the direct answer
     ids: list[int] = field(default_factory=list)        # its tokens, without the end token
-    log_p: list[float] = field(default_factory=list)    # of each of its tokens and the end, nats
+    # of each of its tokens and the end, nats, by the model itself, without --repetition-penalty
+    log_p: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)  # of the distribution at each of them, nats
     seconds: float = 0.0                # the batch's time divided by its lines; set by Kept
 
 
-@stage("H", Assessed, "weights", "shape", "tokenizer", "numerics", "asks", "max_new_tokens")
+@stage("H", Assessed, "weights", "shape", "tokenizer", "penalty", "numerics", "asks", "order",
+       "max_new_tokens")
 def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Assessed]:
     """H and the direct answers of a batch: how sure is theta_0 of each sample?"""
     model, tokenizer, task, lines = agent.model, agent.tokenizer, agent.task, []
@@ -253,6 +255,8 @@ class Config:
     teacher_option: str = option("", RUN, "sent otherwise, as temperature=none,max_tokens=none")
     seed: int = option(0, RUN, "seeds every draw, together with the sample's id")
     limit: int = option(0, RUN, "only the first N samples (0: all)")
+    tools: str = option("as-given", RUN, "the order of a sample's tools; shuffled (ours): drawn by "
+                        "the seed and the sample's id", "as-given", "shuffled")
     tau: float = option(0.95, "H", "uncertain where the softmax difference is below, in [0, 1]")
     k: int = option(1, "G", "pairs for each uncertain sample")
     pair: str = option("call", "G", "joint (paper): a request and its call in one go; call (ours): "
@@ -271,6 +275,9 @@ class Config:
     batch: int = option(0, HOW, "samples at a time (0: 1 on a CPU, as many as fit on a GPU)")
     checkpointing: bool = option(False, HOW, "in training, less memory for more time")
     max_new_tokens: int = option(256, HOW, "longest answer, in tokens")
+    repetition_penalty: str = option("1.0", HOW, "makes tokens of prompt and answer less likely "
+                                     "where a local model writes; \"checkpoint\": as its "
+                                     "generation_config.json says")
     out: str = option("", HOW, "run folder (default: runs/<bench>-<model>-<method>-...-s<seed>)")
     device: str = option("auto", HOW, "auto, cpu, cuda, cuda:1, ...")
     dtype: str = option("auto", HOW, "of the weights (auto: bfloat16 on a GPU, else float32)",
@@ -288,6 +295,10 @@ class Config:
         allowed.append(("tau", 0 <= self.tau <= 1, "in [0, 1]"))
         allowed.append(("top_p", 0 < self.top_p <= 1, "in (0, 1]"))
         allowed.append(("alpha", 0 < self.alpha < math.inf, "above 0"))
+        said = str(self.repetition_penalty)
+        is_number = said.replace(".", "", 1).isdecimal() and 0 < float(said) <= 10
+        allowed.append(("repetition_penalty", is_number or said == "checkpoint",
+                        'in (0, 10], or "checkpoint"'))
         for name, holds, what in allowed:
             if not holds:
                 flag = "--" + name.replace("_", "-")
@@ -428,6 +439,10 @@ def set_up(config: Config, task: Task = CALLING,
               "python": sys.version.split()[0]}
     if config.dtype != "float32":       # then the numbers depend on the batch size
         facts["numerics"] += f", {kind}, batch {batch}, torch {torch.__version__}"
+    facts["order"] = config.tools       # facts["samples"] are as given, the same for every seed
+    if config.tools == "shuffled":
+        facts["order"] += f" by seed {config.seed}"
+        samples = [data.shuffled(x, config.seed) for x in samples]
     return Agent(task, me.model, me.tokenizer, me.prefixes, writer, facts, batch), samples
 
 
@@ -440,8 +455,16 @@ def load_local(name: str, config: Config) -> tuple[LocalWriter, dict]:
     pack = config.pack and config.device == "cpu" and name != "tiny"
     model = load_model(folder, config.device, getattr(torch, config.dtype), pack)
     tokenizer = Tokenizer(folder)
+    penalty = config.repetition_penalty
+    if penalty == "checkpoint":
+        penalty = tokenizer.penalty
+        if not isinstance(penalty, (int, float)) or not 0 < penalty <= 10:
+            raise ValueError(f"{folder}: its repetition_penalty is {penalty!r}, not in (0, 10]; "
+                             "give a number with --repetition-penalty")
+        print(f"{name}: its repetition penalty is {penalty}")
+    model.repetition_penalty = float(penalty)
     facts = {"weights": fingerprint(model), "shape": asdict(model.config),
-             "tokenizer": tokenizer.digest}
+             "tokenizer": tokenizer.digest, "penalty": model.repetition_penalty}
     return LocalWriter(model, tokenizer, PrefixCaches(model)), facts
 
 

@@ -72,6 +72,7 @@ class Tokenizer:
         eos = said.get("eos_token_id")          # of a base model it may lack the turn's end
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self.eos: frozenset[int] = frozenset([*eos, self.im_end])
+        self.penalty = said.get("repetition_penalty") or 1.0       # what the checkpoint asks for
         whole = self.bpe.to_str() + str(sorted(self.eos)) + str(self.format)
         self.digest = hashlib.sha256(whole.encode()).hexdigest()
         self.beginnings: dict[str, list[int]] = {}

@@ -275,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = replace(config, uses_labels=config.lesson == "gold")
     agent, samples = train.set_up(config, task_of(config))
     everyone = data.load(config.bench, config.data, config.offline)
+    if config.tools == "shuffled":
+        everyone = [data.shuffled(x, config.seed) for x in everyone]
     if not config.uses_labels:
         everyone = [replace(x, answers=()) for x in everyone]
     agent.facts["everyone"] = digest(everyone)

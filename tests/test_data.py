@@ -1,5 +1,6 @@
 """The loaders: the published files, the user's own, and every way in which a file can be wrong."""
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -155,6 +156,21 @@ def test_the_prompt_asks_in_the_last_turn_of_the_user(tmp_path):
     assert plain[0]["role"] == "system" and json.dumps(TOOL) in plain[0]["content"]
     for chat, before in zip(others, (2, 4)):                        # nor does a tool ask anything
         assert chat[1 + before:] == [{"role": "user", "content": data.ASK_CALL.strip()}]
+
+
+def test_tools_are_shuffled_by_seed_and_id_whatever_their_order_was(tmp_path):
+    tools = [TOOL | {"name": name} for name in "abcde"]
+    one, other = loaded(tmp_path, {"tools": tools}, {"tools": tools[::-1]})
+    twin = replace(one, tools=one.tools[::-1])
+    orders = []
+    for seed in range(40):
+        assert data.shuffled(one, seed) == data.shuffled(twin, seed)
+        assert replace(data.shuffled(one, seed), tools=one.tools) == one    # nothing else differs
+        for x in (one, other):
+            orders.append("".join([tool["name"] for tool in data.shuffled(x, seed).tools]))
+    assert {"".join(sorted(order)) for order in orders} == {"abcde"} and len(set(orders)) > 40
+    firsts = [order[0] for order in orders]
+    assert all(8 <= firsts.count(name) <= 24 for name in "abcde")       # 16 of 80 each, by chance
 
 
 @pytest.mark.parametrize("content", [

@@ -102,6 +102,20 @@ def test_greedy_text_equals_transformers(pair, tokenizer):
         assert row.ids == out and len(set(out)) > 2
 
 
+def test_text_with_a_repetition_penalty_equals_transformers(pair, tokenizer, monkeypatch):
+    """It counts the prompt's tokens, and also where tokens are looked up."""
+    ours, theirs = pair
+    for penalty in (0.8, 1.1, 3.0):
+        monkeypatch.setattr(ours, "repetition_penalty", penalty)
+        for prompt in ([1, 2, 3] * 6, *PROMPTS[:2]):
+            ids = torch.tensor([prompt])
+            out = theirs.generate(ids, do_sample=False, max_new_tokens=16, eos_token_id=None,
+                                  attention_mask=torch.ones_like(ids), repetition_penalty=penalty)
+            row, = generate(ours, ending(tokenizer, NEVER), [prompt[-2:]], 16,
+                            [read(ours, [prompt[:-2]])])
+            assert row.ids == out[0, len(prompt):].tolist(), penalty
+
+
 BARE = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 IDS = torch.tensor([[3, 141, 59, 26, 53, 58, 97, 93, 238, 46]])
@@ -178,8 +192,11 @@ def plain(model, ids, eos=NEVER, limit=16, how=GREEDY, generator=None) -> Decode
     written = Decoded()
     while len(written.ids) < limit:
         last = logits(model, [[*ids, *written.ids]])[:, -1]
+        log_p = last[0].log_softmax(-1)                             # the model's own
+        for token in {*ids, *written.ids}:
+            factor = model.repetition_penalty
+            last[0, token] *= factor if last[0, token] < 0 else 1 / factor
         token, = choose(last, *how, [generator])
-        log_p = last[0].log_softmax(-1)
         if how == GREEDY:
             written.log_p.append(float(log_p[token]))
             written.entropy.append(float(-(log_p.exp() * log_p).sum()))
@@ -196,9 +213,12 @@ def assert_same(rows: list[Decoded], expected: list[Decoded]) -> None:
         assert row.entropy == pytest.approx(other.entropy, abs=1e-4)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.3], ids=["", "with a penalty"])
 @pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_rows_of_a_batch_equal_each_decoded_alone_by_full_passes(how, model, tokenizer):
-    """Behind caches of their own, too, and in any order; who has ended is read no more."""
+def test_rows_of_a_batch_equal_each_decoded_alone_by_full_passes(how, penalty, model, tokenizer):
+    """Behind caches of their own, too, and in any order; who has ended is read no more. log_p and
+    entropy are the model's own; what pads a row is no token that a penalty counts."""
+    model.repetition_penalty = penalty
     free = [plain(model, ids, how=how, generator=seeded(i)).ids for i, ids in enumerate(PROMPTS)]
     eos = frozenset((free[0][6], free[1][3]))
     alone = [plain(model, ids, eos, 16, how, seeded(i)) for i, ids in enumerate(PROMPTS)]
@@ -223,9 +243,12 @@ def test_caches_are_left_as_they_were(model, tokenizer):
             assert row.ids == expected and (cache.length, other.length) == (17, 9)
 
 
-@pytest.mark.parametrize("how", [GREEDY, PEAKED], ids=["greedy", "sampled"])
-def test_look_up_writes_in_fewer_passes_what_decoding_token_by_token_writes(how, model, tokenizer):
+@pytest.mark.parametrize("how, penalty", [(GREEDY, 1.0), (PEAKED, 1.0), (GREEDY, 0.9),
+                                          (PEAKED, 0.9)])
+def test_look_up_writes_in_fewer_passes_what_decoding_token_by_token_writes(
+        how, penalty, model, tokenizer):
     """Also where a looked-up token is wrong: what it left in the cache is gone."""
+    model.repetition_penalty = penalty
     passes, needed, tokens = [], 0, 0
     model.register_forward_hook(lambda *_: passes.append(1))
     for seed, ids in enumerate(([1, 2, 3] * 6, [5, 6, 7, 8] * 4, PROMPTS[1])):

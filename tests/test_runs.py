@@ -19,6 +19,7 @@ import torch
 from conftest import write_checkpoint
 
 import augment
+import data
 import evaluate
 import train
 from augment import Found
@@ -157,7 +158,10 @@ def test_a_file_that_was_cut_at_any_byte_costs_the_lines_that_are_not_whole(tmp_
 
 
 DEPENDS = {     # an option or fact -> the stages whose lines depend on it; put a new one here, too
-    **dict.fromkeys("weights shape tokenizer numerics asks max_new_tokens".split(), "HGT"),
+    **dict.fromkeys("weights shape tokenizer penalty numerics asks order".split(), "HGT"),
+    "max_new_tokens": "HGT",
+    # of these two there are facts: the number itself; the seed where it draws the order
+    "repetition_penalty": "", "tools": "",
     **dict.fromkeys("writer tries k pair temperature top_p".split(), "GT"), "seed": "GT",
     **dict.fromkeys("adapt rank alpha epochs lr".split(), "T"),
     # what says where things are, and how to run them; a sample, a model and a teacher have digests
@@ -294,6 +298,26 @@ def test_other_end_tokens_are_another_tokenizer(tmp_path):
     config = fill_in(Config(model="tiny", device="cpu"))
     facts = [train.load_local(str(folder), config)[1] for folder in (one, other)]
     assert [name for name in facts[0] if facts[0][name] != facts[1][name]] == ["tokenizer"]
+
+
+def test_a_checkpoints_own_repetition_penalty_is_taken_if_asked_for(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path)
+    said = [(None, 1.0), (1.1, 1.1), ("many", "its repetition_penalty is 'many'"),
+            (-1, "is -1, not in")]
+    for own, expected in said:
+        (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": own}))
+        usual = fill_in(Config(model="tiny", device="cpu"))
+        assert train.load_local(str(folder), usual)[0].model.repetition_penalty == 1.0
+        asked = replace(usual, repetition_penalty="checkpoint")
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                train.load_local(str(folder), asked)
+            continue
+        me, facts = train.load_local(str(folder), asked)
+        assert me.model.repetition_penalty == facts["penalty"] == expected
+        assert f"its repetition penalty is {expected}" in capsys.readouterr().out
+        assert train.load_local(str(folder), replace(usual, repetition_penalty="2"))[1][
+            "penalty"] == 2.0
 
 
 def test_a_servers_url_is_another_writer(monkeypatch):
@@ -458,6 +482,25 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_if_nothing_had_happened(
     assert run(loaded, folder, limit=2) == 0 and found(folder) == records[:2]
 
 
+def test_the_same_run_with_shuffled_tools_is_the_same_run(tmp_path, capsys):
+    """All stages see the order; what is kept of another one is neither used nor forgotten."""
+    own = {"bench": "sealtool", "limit": 2, "tools": "shuffled"}
+    given, one, other = (train.set_up(fill_in(Config(**{**OPTIONS, **own, **changes})))[1]
+                         for changes in ({"tools": "as-given"}, {}, {"seed": 1}))
+    assert one == [data.shuffled(x, 0) for x in given] != given
+    assert other == [data.shuffled(x, 1) for x in given] != one
+    main(argv(tmp_path, **own))
+    first, lines = found(tmp_path), kept(tmp_path)
+    assert [[*r["candidates"]] for r in first] == [[t["name"] for t in x.tools] for x in one]
+    assert "adapted" in [r["outcome"] for r in first]
+    main(argv(tmp_path, **own))
+    assert found(tmp_path) == first and kept(tmp_path) == lines
+    for fresh in ([], ["--fresh"]):
+        main(argv(tmp_path, **{**own, "tools": "as-given", "out": tmp_path / "given"}) + fresh)
+        assert {kept(tmp_path)["H", x.id] for x in given} == {2}
+    assert "differ in: order" in capsys.readouterr().out
+
+
 def test_two_processes_find_what_one_finds_also_after_one_was_killed(tmp_path, unbroken):
     """Nothing that was finished is lost or computed twice."""
     def two() -> list:
@@ -595,6 +638,8 @@ FILES = {"VOID": "[]", "LONG": ITEM % ("word " * 3000, "f", ""),
 @pytest.mark.parametrize("bad, said", [
     ({"tau": 1.5}, "--tau 1.5"), ({"tau": "nan"}, "--tau nan"), ({"k": 0}, "--k 0"),
     ({"lr": -1}, "--lr -1"), ({"alpha": "inf"}, "--alpha inf"), ({"top_p": 0}, "--top-p 0"),
+    ({"repetition_penalty": 0}, "--repetition-penalty 0: must be in (0, 10]"),
+    ({"repetition_penalty": "much"}, "--repetition-penalty much"),
     ({"max_new_tokens": 0}, "--max-new-tokens 0"), ({"method": "ttd"}, "--teacher"),
     ({"teacher": "tiny"}, "--method ttd"), ({"method": "ttd", "teacher": "https://x/v1"}, "URL"),
     ({"model": "./nowhere"}, "nowhere"), ({"device": "nonsense"}, "--device nonsense"),
