@@ -81,7 +81,8 @@ def accepts(accepted: object, value: object, schema: dict, same_text: Callable) 
     """Whether a value is the accepted one, by its declared type or by that of the accepted one."""
     declared = TYPES.get(schema.get("type"), str)
     if accepted == "":                              # it may be left out, or be given as empty
-        return type(value) is declared and value in ("", [])
+        given = same_text(value) if isinstance(value, str) else value
+        return type(value) is declared and given in ("", [])
     if isinstance(accepted, str) and isinstance(value, str):
         return same_text(accepted) == same_text(value)
     if isinstance(accepted, list) and isinstance(value, list):
@@ -100,7 +101,7 @@ def accepts(accepted: object, value: object, schema: dict, same_text: Callable) 
 def plain(text: str) -> str:
     """A text without what makes no difference: case, the kind of quotes, what parts its words."""
     parted = re.sub(r"[\s,]+", " ", text.lower().replace("'", '"')).strip()
-    return re.sub(r" ?([^\w\s]) ?", r"\1", parted)
+    return re.sub(r" ?([^\w\s]) ?", r"\1", parted) or text
 
 
 def without_punctuation(text: str) -> str:
