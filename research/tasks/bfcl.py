@@ -58,18 +58,18 @@ def read(item: dict, golds: dict) -> list[Sample]:
     return [Sample(id, read_turns(turns[0]), tools, tuple(answers))]
 
 
-def json_schema(schema: object) -> object:
+def json_schema(schema: object) -> dict:
     """The schema of an argument, at any depth, with JSON schema's names for the types."""
-    if not isinstance(schema, dict):
-        return schema
-    new, kind, inner = dict(schema), str(schema.get("type")), schema.get("properties")
+    if not isinstance(schema, dict) or not isinstance(schema.get("properties", {}), dict):
+        raise ValueError("the schema of an argument, or of its parts, is not an object")
+    new, kind = dict(schema), str(schema.get("type"))
     if kind not in KINDS:
         raise ValueError(f"type {kind!r:.40} is none of BFCL's for Python: {', '.join(KINDS)}")
     new["type"] = KINDS[kind]
     if kind == "any":
         del new["type"]
-    if isinstance(inner, dict):
-        new["properties"] = {name: json_schema(each) for name, each in inner.items()}
+    if "properties" in schema:
+        new["properties"] = {name: json_schema(each) for name, each in schema["properties"].items()}
     if "items" in schema:
         new["items"] = json_schema(schema["items"])
     return new

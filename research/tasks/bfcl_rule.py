@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from scipy.optimize import linear_sum_assignment
 
 from data import Sample
-from data.calls import Call, parse_calls
+from data.calls import Call, items_of, parse_calls
 from data.runs import Verdict
 
 TYPES = {"integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
@@ -86,7 +86,7 @@ def accepts(accepted: object, value: object, schema: dict, same_text: Callable) 
     if isinstance(accepted, str) and isinstance(value, str):
         return same_text(accepted) == same_text(value)
     if isinstance(accepted, list) and isinstance(value, list):
-        pairs, items = zip(accepted, value), schema.get("items", {})
+        pairs, items = zip(accepted, value), items_of(schema)
         return len(accepted) == len(value) and all([accepts(*pair, items, same_text)
                                                     for pair in pairs])
     if isinstance(accepted, dict) and isinstance(value, dict):
