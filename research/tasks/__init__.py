@@ -259,7 +259,8 @@ def other_samples(samples: Samples, config: TaskConfig) -> Lines:
 # --- The program ----------------------------------------------------------------------------------
 
 def program(argv: Sequence[str] | None, name: str, task: Task, read: Callable, config: type,
-            text: str, change: Callable[[Record], Record] | None = None, right: str = "") -> int:
+            text: str, change: Callable[[Record], Record] | None = None, right: str = "",
+            load: Callable = read_samples) -> int:
     """The program of a task; gives its exit code. read: as of `read_samples`; config: a subclass of
     TaskConfig; change: maps a record to the one that is written; right: what `exact` means, if it
     is not plain. Beside train.py's table it prints the means of the task's own measures."""
@@ -274,7 +275,7 @@ def program(argv: Sequence[str] | None, name: str, task: Task, read: Callable, c
     path = bundled if config.data == "bundled" else Path(config.data).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; --data takes a file of samples, or \"bundled\"")
-    agent, samples = train.set_up(config, task, read_samples(name, path, read))
+    agent, samples = train.set_up(config, task, load(name, path, read))
     others = other_samples(samples, config)
     code = train.run(agent, samples, config, partial(improve, others=others), change)
     folder = Path(run_folder(config, agent.facts))
