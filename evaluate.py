@@ -97,6 +97,8 @@ def join(run: Run) -> None:
 
 
 # --- The table: one line a run --------------------------------------------------------------------
+# of samples that research/benchmarks.py has looked at: what can be known, what a rule names, in %
+KNOWN = Path(__file__).parent / "data" / "known.json"
 # The paper's gains in points: Qwen2.5-1.5B-Instruct, the whole benchmark, means of 5 seeds.
 PAPER_GAIN = {"toolalpaca": 5.84, "nexusraven": 6.05, "sealtool": 5.76, "apibank": 4.26}
 HEAD = ["run", "n", "uncertain", "adapted", "no pair", "base", "after", "gain", "fixed", "harmed",
@@ -134,11 +136,13 @@ def summarise(records: Sequence[Record]) -> dict:
 def table(runs: Sequence[Run], markdown: bool = False) -> str:
     """One line for each run, and notes below; accuracies in percent, by `exact`."""
     rows, notes = [HEAD], {}                            # notes: a note -> the runs it is about
+    looked_at = json.loads(KNOWN.read_text(encoding="utf-8"))
     for run in runs:
         name, s, config = printable(run.folder.resolve().name), summarise(run.records), run.config
         source, paper = str(config.get("data")), PAPER_GAIN.get(str(config.get("bench")))
         own = source == "bundled" or Path(source).suffix            # a file may hold any samples
         share = s.get("answer_reachable", 1)
+        known, named = looked_at.get(config.get("facts", {}).get("samples"), ("", ""))
         said = {
             "no finished sample yet": not run.records,
             "bundled samples, made for this project; they are not the benchmark":
@@ -149,7 +153,9 @@ def table(runs: Sequence[Run], markdown: bool = False) -> str:
             f"out of memory, the direct answer stands: {s['out_of_memory']}": s["out_of_memory"],
             f"too long for the model's context: {s['too_long']}": s["too_long"],
             f"wrong answers that were cut at --max-new-tokens: {s['cut']}": s["cut"],
-            f"at most {share:.1%} can be right: elsewhere a gold tool is not offered": share < 1,
+            f"at most {share:.1%} can be right: elsewhere a gold tool is not offered":
+                share < 1 and not known,
+            f"at most {known} % can be known from the prompt; naming by rule: {named} %": known,
             f"without a gold answer, so neither right nor wrong: {s['no_gold']}": s["no_gold"],
             "uses labels": config.get("uses_labels") is True}
         for note in [note for note, holds in said.items() if holds]:

@@ -1,26 +1,33 @@
 """Is a gain real? Runs compared: intervals, tests, costs, votes and pairs.
 
     python -m research.report runs/*            # runs that differ only in their seed go together
+    python -m research.report runs/* --draw lists       # not dialogues, but what shares its tools
 
-It reads run folders and runs no model. README.md defines the figures; the answer stands in
-research/RESULTS.md, "Is a gain real?".
+It reads run folders, and the data files where they are at hand, and runs no model. README.md
+defines the figures; the answer stands in research/RESULTS.md, "Is a gain real?".
 """
 import argparse
+import contextlib
+import io
 import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
 from scipy.stats import binomtest, norm, permutation_test
 
-from data.calls import Call, parse_calls
-from data.runs import Record, Run, read_runs
+import data
+from data import Sample
+from data.calls import Call, call_keys, items_of, parse_calls, type_of
+from data.runs import Record, Run, Verdict, digest, read_runs
 from evaluate import printable
+from research.benchmarks import numbered, unknown
 from research.scores import interval, meaning, show
 from train import exit_codes
 
@@ -33,17 +40,21 @@ def mean(values: Iterable[float]) -> float:
     return fmean(values) if values else math.nan
 
 
-def p_value(gains: Sequence[np.ndarray]) -> float:
-    """The two-sided p of the gains of one or several benchmarks, their samples pooled: of one seed
-    by McNemar's exact test; of several, which share their samples, by flipping the signs of each
-    sample's mean (all flips up to 13 that are not 0, else 9,999 at random). Means over S seeds are
-    counted in integers, as multiples of 1 / S, so that equal sums of flips are equal."""
-    scale = math.lcm(*map(len, gains))
-    pooled = np.concatenate([gain.sum(0).astype(int) * (scale // len(gain)) for gain in gains])
+def p_value(gains: Sequence[np.ndarray], clusters: Sequence[np.ndarray] = ()) -> float:
+    """The two-sided p of the gains of one or several benchmarks, their samples pooled, by flipping
+    signs of what goes together: each sample's mean over seeds, or its cluster's sum of these (n,
+    numbers of clusters for each benchmark). All flips up to 13 that are not 0, else 9,999 at
+    random; of one seed, where no two samples of a cluster changed, McNemar's exact test. Means over
+    S seeds are counted in integers, as multiples of 1 / S, so that equal sums of flips are equal."""
+    scale, sums = math.lcm(*map(len, gains)), []
+    for gain, own in zip(gains, clusters or map(singly, gains)):
+        units = gain.sum(0).astype(int) * (scale // len(gain))
+        sums.append(np.bincount(own, units).astype(int))
+    pooled = np.concatenate(sums)
     changed = pooled[pooled != 0]                   # flipping a 0 changes nothing
     if len(changed) < 2:                            # one alone may as well have had the other sign
         return 1.0
-    if all(len(gain) == 1 for gain in gains):
+    if all(len(gain) == 1 for gain in gains) and abs(changed).max() == 1:
         return binomtest((changed > 0).sum(), len(changed)).pvalue
     return permutation_test((changed,), np.sum, permutation_type="samples", vectorized=True,
                             batch=1000, rng=0).pvalue
@@ -57,14 +68,24 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def mean_interval(gains: Sequence[np.ndarray], times: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of the mean gain over benchmarks (or of one), by a nested bootstrap: n
-    samples are drawn, and for each S of its seeds."""
+def singly(gain: np.ndarray) -> np.ndarray:
+    """Each of n samples is a cluster of its own."""
+    return np.arange(gain.shape[1])
+
+
+def mean_interval(gains: Sequence[np.ndarray], clusters: Sequence[np.ndarray] = (),
+                  times: int = 2000) -> tuple[float, float]:
+    """The 95 % interval of the mean gain over benchmarks (or of one), by a nested bootstrap: as
+    many clusters of samples are drawn as there are, and for each of their samples S of its seeds.
+    clusters: as of `p_value`."""
     rng, means = np.random.default_rng(0), []       # one for all, lest they draw the same samples
-    for gain in gains:
-        seeds, n = gain.shape
-        samples = rng.integers(n, size=(times, 1, n))
-        means.append(gain[rng.integers(seeds, size=(times, seeds, n)), samples].mean((1, 2)))
+    for gain, own in zip(gains, clusters or map(singly, gains)):
+        members = [np.flatnonzero(own == cluster) for cluster in range(own.max() + 1)]
+        means.append([])
+        for drawn in rng.integers(len(members), size=(times, len(members))):
+            samples = np.concatenate([members[cluster] for cluster in drawn])
+            seeds = rng.integers(len(gain), size=(len(gain), len(samples)))
+            means[-1].append(gain[seeds, samples].mean())
     return interval(np.mean(means, axis=0))
 
 
@@ -101,6 +122,22 @@ class Group:
     def of(self, value: Callable[[Record], float]) -> np.ndarray:
         """(S, n) what a function gives of each record."""
         return np.array([[float(value(record)) for record in seed] for seed in self.seeds])
+
+
+DRAWS = {"dialogues": "where one's request begins another's they are one dialogue's, and drawn "
+                      "together", "lists": "those that share their tools are drawn together",
+         "samples": "each sample is drawn on its own"}
+
+
+def clusters_of(group: Group, draw: str) -> np.ndarray:
+    """(n,) for each sample the number of what it is drawn with, as of DRAWS."""
+    records = group.seeds[0]
+    if draw == "dialogues":
+        return np.array(numbered([r.request.split() for r in records]))
+    if draw == "lists":                             # whose H failed has none
+        lists = [str(sorted(r.candidates) or r.id) for r in records]
+        return np.unique(lists, return_inverse=True)[1]
+    return np.arange(len(records))
 
 
 def gained(r: Record) -> int:
@@ -193,9 +230,10 @@ def acted(r: Record) -> bool:
     return r.margin is not None and r.outcome not in ("certain", "direct")
 
 
-def gains(groups: Sequence[Group], family: Sequence[Group]) -> dict:
+def gains(groups: Sequence[Group], family: Sequence[Group], draw: str = "dialogues") -> dict:
     """Accuracy before and after, the gain with its interval and p, and whom the method acted on."""
     gain, n = [group.of(gained) for group in groups], sum(len(g.seeds[0]) for g in groups)
+    own = [clusters_of(group, draw) for group in groups]
     fixed, harmed = sum((g > 0).sum() for g in gain), sum((g < 0).sum() for g in gain)
     row = {"n": n, "seeds": min(len(group.seeds) for group in groups),
            "uncertain": 100 * share(groups, lambda r: r.uncertain),
@@ -204,15 +242,78 @@ def gains(groups: Sequence[Group], family: Sequence[Group]) -> dict:
            "before": 100 * share(groups, lambda r: r.base.exact),
            "after": over_seeds(groups, lambda r: r.answer.exact),
            "gain": over_seeds(groups, gained, "+"),
-           "interval": between(*mean_interval(gain), "+") if fixed + harmed else "-",
-           "fixed": fixed, "harmed": harmed, "p": f"{p_value(gain):.4f}",
+           "interval": between(*mean_interval(gain, own), "+") if fixed + harmed else "-",
+           "fixed": fixed, "harmed": harmed, "p": f"{p_value(gain, own):.4f}",
+           "drawn": f"{sum(c.max() + 1 for c in own)} {draw}",
            "detectable": 100 * detectable(n)}
     if len(groups) == 1:
         right = sum(r.base.exact for r in groups[0].seeds[0])
-        adjusted = holm([p_value([g.of(gained)]) for g in family])[family.index(groups[0])]
+        ps = [p_value([g.of(gained)], [clusters_of(g, draw)]) for g in family]
+        adjusted = holm(ps)[family.index(groups[0])]
         row |= {"holm": f"{adjusted:.4f}",
                 "Wilson's, before": between(*binomtest(right, n).proportion_ci(method="wilson"))}
     return row
+
+
+@cache
+def at_hand(bench: str, source: str, limit: int, known_as: str) -> tuple[Sample, ...]:
+    """A run's samples, in the order of their file, if that can be read and they are the same."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            samples = data.load(bench, source, offline=True)[:limit or None]
+    except (ValueError, OSError):
+        return ()
+    return tuple(samples) if digest(samples) == known_as else ()
+
+
+def lenient(verdict: Verdict, x: Sample) -> bool:
+    """Whether an answer is exact where under a declared string neither case nor a full stop at its
+    end counts."""
+    parameters, both = {tool["name"]: tool["parameters"] for tool in x.tools}, []
+    for calls in (parse_calls(verdict.text).calls, x.answers):
+        forgiven = []
+        for call in calls:
+            schemas, values = parameters.get(call.name, {}), {}
+            for name, value in call.arguments.items():
+                kind, schema, _ = type_of(schemas.get(name, {}))
+                if kind == "array" and type_of(items_of(schema))[0] == "string":
+                    value = [plain(each) for each in value] if isinstance(value, list) else value
+                values[name] = plain(value) if kind == "string" else value
+            forgiven.append(Call(call.name, values))
+        both.append(call_keys(forgiven, x.tools))
+    return verdict.exact or bool(both[0]) and both[0] == both[1]
+
+
+def plain(value: object) -> object:
+    return value.strip().removesuffix(".").casefold() if isinstance(value, str) else value
+
+
+def readings(group: Group, draw: str) -> list[dict]:
+    """A group's gain as `exact` has it, over the samples that can be known, and forgiving; nothing
+    where its samples are not at hand."""
+    config = group.config
+    samples = at_hand(config["bench"], config["data"], config.get("limit", 0),
+                      config.get("facts", {}).get("samples", ""))
+    if not samples:
+        return []
+    by_id, never = {x.id: x for x in samples}, unknown(samples)[0]
+
+    def loose(r: Record) -> Record:
+        both = {when: replace(own, exact=lenient(own, by_id[r.id]))
+                for when, own in (("base", r.base), ("answer", r.answer))}
+        return replace(r, **both)
+    read = {"exact": group.seeds,
+            "known": [[r for r in seed if r.id not in never] for seed in group.seeds],
+            "lenient": [[loose(r) for r in seed] for seed in group.seeds]}
+    rows = []
+    for name, seeds in read.items():
+        if seeds[0]:
+            own = replace(group, seeds=seeds)
+            row = gains([own], [own], draw)
+            columns = ("n", "before", "after", "gain", "interval", "fixed", "harmed", "p", "drawn")
+            rows.append({"bench": group.bench, "run": group.name, "reading": name,
+                         **{column: row[column] for column in columns}})
+    return rows
 
 
 def draw_seconds(group: Group, everybody: Sequence[Group]) -> float:
@@ -321,10 +422,13 @@ def pairs(group: Group) -> dict:
 
 # --- The program ----------------------------------------------------------------------------------
 
-def tables(groups: Sequence[Group]) -> dict[str, list[dict]]:
+def tables(groups: Sequence[Group], draw: str = "dialogues") -> dict[str, list[dict]]:
     """The rows of each table; research/README.md says how each figure is defined."""
     sampled = [g for g in groups if all(r.extra.get("sampled") for r in g.records)]
-    return {"Gains, in points of accuracy": rows_of(groups, gains),
+    drawn = f" (intervals and p: {DRAWS[draw]})"
+    return {"Gains, in points of accuracy" + drawn: rows_of(groups, partial(gains, draw=draw)),
+            "Readings beside exact, where the samples are at hand" + drawn:
+                [row for group in groups for row in readings(group, draw)],
             "What was fixed, and what a sample cost":
                 rows_of(groups, lambda own, family: costs(own, groups)),
             "Direct answers, majority vote, pass@k (the paper's Table 1)":
@@ -338,7 +442,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    show(tables(grouped(read_runs(parser.parse_args(argv).runs))))
+    parser.add_argument("--draw", default="dialogues", choices=[*DRAWS],
+                        help="what bootstrap and sign flips draw (default: dialogues)")
+    args = parser.parse_args(argv)
+    show(tables(grouped(read_runs(args.runs)), args.draw))
     return 0
 
 

@@ -13,7 +13,8 @@ import pytest
 from data import Sample
 from data.calls import Call
 from data.runs import Record, Run, read_run, write_run
-from evaluate import exact_match, join, main, nearest, printable, story, summarise, table
+from evaluate import (KNOWN, exact_match, join, main, nearest, printable, story, summarise,
+                      table)
 
 TOOL = {"name": "f", "description": "", "parameters": {"x": {"type": "integer"}}}
 SAMPLE = Sample("s", (), (TOOL,), (Call("f", {"x": 1}),))
@@ -173,6 +174,16 @@ def test_a_run_that_goes_on_says_of_how_many_and_what_is_not_measured_is_a_dash(
 def test_what_a_reader_must_know_stands_below(config, records, notes):
     lines = table([Run(Path("x"), config, records)]).splitlines()
     assert [line for line in lines if line.startswith("x: ")] == [f"x: {note}" for note in notes]
+
+
+def test_what_can_be_known_of_samples_that_were_looked_at_stands_below():
+    """It takes the place of the note that looks at names alone."""
+    name, (known, named) = next(iter(json.loads(KNOWN.read_text()).items()))
+    config = {"facts": {"samples": name}}
+    *_, note = table([Run(Path("x"), config, [FAILED[0]])]).splitlines()
+    assert note == f"x: at most {known} % can be known from the prompt; naming by rule: {named} %"
+    other = table([Run(Path("x"), {"facts": {"samples": "others"}}, [FAILED[0]])])
+    assert "can be known" not in other and "a gold tool is not offered" in other
 
 
 def test_without_gold_answers_nothing_is_counted_right_or_wrong():

@@ -18,7 +18,7 @@ def record(id, base: bool, answer: bool, margin: float = 0.5, **changes) -> Reco
     p, unsure = (1 + margin) / 2, margin < 0.6
     pair = {"request": "Why?", "text": GOLD, "read_back": False}
     seen = Record(
-        str(id), "What?", margin, unsure, "adapted" if unsure else "certain",
+        str(id), f"What is {id} ?", margin, unsure, "adapted" if unsure else "certain",
         {"f": math.log(p), "g": math.log(1 - p)}, verdict(base), verdict(answer),
         [pair] * unsure, [{"text": "bad", "reason": "unknown argument: y"}] * unsure,
         [0.5, 0.25] * unsure, [1.0, 2.0] * unsure, {"H": 1.5}, GOLD, [-1.0, -float(not base)],

@@ -16,7 +16,7 @@ from uncertainty import PrefixCaches
 
 MISFIT, NONSENSE = ONE.replace("x", "y"), "no idea"
 FACTS = dict.fromkeys(("weights", "shape", "tokenizer", "numerics", "asks", "tries", "writer",
-                       "everyone", "split"), "")
+                       "everyone", "split", "penalty", "order"), "")
 OPTIONS = {"model": "small", "tau": 0.95, "max_new_tokens": 6, "epochs": 2, "lr": 1e-2}
 TOOLS = [tuple({"name": name, "description": f"{i}", "parameters": {"x": {"type": "integer"}}}
                for name in "fgh") for i in range(3)]

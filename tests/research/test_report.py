@@ -1,5 +1,6 @@
 """Runs compared: the statistics against brute force, the tables by hand."""
 import itertools
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import numpy as np
 import pytest
 from hand_made import ONE, OTHER, failed, record, verdict
 
-from data.runs import Run, write_run
+from data import Sample, load
+from data.calls import Call, call_text
+from data.runs import Run, digest, write_run
+from evaluate import exact_match
 from research import report
 from research.report import grouped, tables
 
@@ -20,6 +24,10 @@ RECORDS = [record("a", False, True), record("b", True, False), record("c", True,
 
 def run(records, **config) -> Run:
     return Run(Path("sealtool-run"), CONFIG | config, records)
+
+
+def gains_of(runs, draw="dialogues") -> list[dict]:
+    return next(iter(tables(grouped(runs), draw).values()))
 
 
 SEVEN_TO_TWO = np.array([[1] * 7 + [-1] * 2 + [0] * 20])
@@ -68,11 +76,86 @@ def test_the_interval_has_the_spread_of_samples_seeds_and_benchmarks(gains, sd):
     assert low < np.mean([np.mean(gain) for gain in gains]) < high
 
 
+def test_what_goes_together_is_drawn_together_and_its_signs_flip_together():
+    """Four dialogues of four samples that change alike count as four, not as sixteen."""
+    alike, together = np.array([[1] * 8 + [-1] * 4 + [0] * 4]), np.repeat(range(4), 4)
+    assert report.p_value([alike]) < 0.5 < report.p_value([alike], [together]) == 1
+    assert report.p_value([SEVEN_TO_TWO], [np.arange(29)]) == report.p_value([SEVEN_TO_TWO])
+    low, high = report.mean_interval([alike], [together])
+    assert (low, high) == pytest.approx(report.mean_interval([alike[:, ::4]]))
+    single_low, single_high = report.mean_interval([alike])
+    assert high - low > 1.5 * (single_high - single_low)
+    one = np.array([[1, 1, 0, 0, 0, 0]])            # of one dialogue, or of two
+    assert report.p_value([one], [np.array([0, 0, 1, 2, 3, 4])]) == 1
+    assert report.p_value([one], [np.array([0, 1, 2, 2, 2, 2])]) == 0.5     # McNemar, 2 of 2
+
+
+def test_each_table_says_what_it_draws():
+    asked = ["Book it.", "Book it. For two.", "Book a car.", "Book", "It."]
+    records = [replace(record(i, False, i < 3), request=request, candidates=own)
+               for i, (request, own) in enumerate(zip(asked, [{"a": 0.0, "b": -1.0}] * 4 + [{}]))]
+    records[3] = replace(records[3], request="Bookings", candidates={"b": 0.0, "a": -2.0})
+    for draw, said in (("dialogues", "4 dialogues"), ("lists", "2 lists"),
+                       ("samples", "5 samples")):
+        row, = gains_of([run(records)], draw)
+        assert row["drawn"] == said
+        for title in [title for title in tables(grouped([run(records)]), draw) if "p:" in title]:
+            assert report.DRAWS[draw] in title
+
+
+@pytest.fixture
+def hotel(tmp_path) -> Run:
+    """Three samples: the third has a key that stands nowhere, and the second's answer is Paris,
+    with another case and a full stop."""
+    tool = {"name": "f", "parameters": {"x": {"type": "string"}, "n": {"type": "integer"}}}
+    items = [{"query": f"{i}: in Paris", "tools": [tool],
+              "answers": [{"name": "f", "arguments": {"x": x, "n": 2}}]}
+             for i, x in enumerate(("Paris", "Paris", "K7-q"))]
+    items[0]["query"] += " for 2"
+    items[1]["query"] += " for two"
+    (tmp_path / "hotel.json").write_text(json.dumps(items))
+    samples = load("hotel", str(tmp_path / "hotel.json"))
+    said = ['{"name": "f", "arguments": {"x": "%s", "n": %s}}' % own
+            for own in (("Paris", 2), ("paris.", "2"), ("K8", 2))]
+    right = exact_match(said[0], samples[0])
+    records = [replace(record(x.id, False, False), request=x.messages[0]["content"],
+                       base=exact_match("no", x), answer=exact_match(text, x))
+               for x, text in zip(samples, said, strict=True)]
+    assert [r.answer.exact for r in records] == [right.exact, False, False] == [True, False, False]
+    facts = {**CONFIG["facts"], "samples": digest(samples)}
+    return run(records, bench="hotel", data=str(tmp_path / "hotel.json"), samples=3, facts=facts)
+
+
+def test_two_readings_stand_beside_exact_where_the_samples_are_at_hand(hotel):
+    title = next(title for title in tables([]) if title.startswith("Readings"))
+    rows = {row["reading"]: row for row in tables(grouped([hotel]))[title]}
+    assert {name: (row["n"], row["before"], row["after"]) for name, row in rows.items()} == {
+        "exact": (3, 0, "33.3"), "known": (2, 0, "50.0"), "lenient": (3, 0, "66.7")}
+    elsewhere = replace(hotel, config={**hotel.config, "facts": {"samples": "others"}})
+    gone = replace(hotel, config={**hotel.config, "data": "gone.json"})
+    assert tables(grouped([elsewhere]))[title] == tables(grouped([gone]))[title] == []
+
+
+@pytest.mark.parametrize("given, gold, schema, is_equal", [
+    ("paris", "Paris", "string", True), ("Go on.", "go on", "string", True),
+    ("Go on", "Go on..", "string", False), ("a.b", "ab", "string", False),
+    (["A.", "b"], ["a", "B."], "array of string", True), (["A"], ["b"], "array of string", False),
+    ("A", "a", "", False), ("true", "True", "boolean", True)])
+def test_lenient_forgives_case_and_a_full_stop_under_a_declared_string(
+        given, gold, schema, is_equal):
+    schema = {"type": schema} if " " not in schema else \
+        {"type": "array", "items": {"type": "string"}}
+    tools = ({"name": "f", "description": "", "parameters": {"x": schema}},)
+    x = Sample("a", (), tools, (Call("f", {"x": gold}),))
+    answer = exact_match(call_text([Call("f", {"x": given})]), x)
+    assert report.lenient(answer, x) == is_equal and not report.lenient(exact_match("no", x), x)
+
+
 def test_seeds_are_one_group_and_its_figures_are_those_by_hand():
     other = [RECORDS[0], record("b", True, True, 0.9), *RECORDS[2:4], record("e", False, False)]
     facts = {**CONFIG["facts"], "torch": "3"}
     runs = [run(RECORDS), run(other, seed=1, device="cuda", facts=facts)]
-    row, = tables(grouped(runs))["Gains, in points of accuracy"]
+    row, = gains_of(runs)
     assert (row["run"], row["n"], row["seeds"], row["fixed"], row["harmed"]) == ("run", 5, 2, 3, 1)
     assert (row["before"], row["after"], row["gain"]) == (40, "60.0 ± 0.0", "+20.0 ± 0.0")
     assert row["Wilson's, before"] == "[11.8, 76.9]"
@@ -109,7 +192,7 @@ def test_a_run_that_is_not_whole_says_so():
 
 
 def test_a_sample_whose_h_failed_counts_as_wrong_and_was_not_acted_on():
-    row, = tables(grouped([run([*RECORDS[:4], failed("e")])]))["Gains, in points of accuracy"]
+    row, = gains_of([run([*RECORDS[:4], failed("e")])])
     found = row["n"], row["before"], row["acted"], row["TPR"]
     assert found == pytest.approx((5, 40, 60, 100 * 2 / 3))
 
@@ -127,7 +210,7 @@ def test_several_benchmarks_are_corrected_for_and_have_a_mean():
     two = run([record(i, False, False) for i in range(2)], bench="apibank", data="b.json",
               samples=2, facts=facts)
     apart = replace(two, config={**two.config, "k": 2})
-    first, other, both, alone = tables(grouped([six, two, apart]))["Gains, in points of accuracy"]
+    first, other, both, alone = gains_of([six, two, apart])
     assert (first["p"], first["holm"]) == ("0.0312", "0.0625") and other["holm"] == "1.0000"
     assert (both["bench"], both["n"], both["fixed"], both["before"]) == ("mean of 2", 8, 6, 0)
     assert (both["gain"], both["p"], both["interval"]) == ("+50.0", first["p"], "[+50.0, +50.0]")
