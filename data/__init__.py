@@ -164,7 +164,7 @@ def what_there_is(path: Path, name: str, data: str) -> str:
 
 
 def first_or_tools(items: list) -> list[dict]:
-    """The first sample of a file alone; of a file of tools, bare or as {"tools"}, one with these."""
+    """A file's first sample alone; of a file of tools, bare or as {"tools"}, one with these."""
     first = items[0] if isinstance(items[0], dict) else {}
     if any([first.keys() >= set(shape) for shape in SHAPES]):
         return items[:1]
