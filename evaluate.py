@@ -1,20 +1,28 @@
 """When is an answer right? Scores answers, prints the table of runs and one sample's story.
 
     python evaluate.py runs/*                           # the table (--markdown, --json)
-    python evaluate.py runs/NAME --sample sealtool-7    # what happened to one sample
+    python evaluate.py runs/NAME --list harmed          # a line a sample; of two runs, what differs
+    python evaluate.py runs/NAME --sample sealtool-7    # what happened to one sample, or several
+    python evaluate.py runs --stages                    # what is kept for later runs (--prune)
 """
 import argparse
 import json
 import math
+import os
 import shlex
+import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":                              # an interrupt needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from data import Sample
 from data.calls import call_keys, parse_calls
-from data.runs import Record, Run, Verdict, read_run, read_runs, write_run
+from data.runs import (KeptStage, Record, Run, Verdict, kept_stages, prune, read_run, read_runs,
+                       write_run)
 
 
 # --- Scoring: (text, gold calls) -> verdict -------------------------------------------------------
@@ -89,6 +97,9 @@ def join(run: Run) -> None:
     if not write_run(run, summarise(run.records)):
         print(f"{run.folder}: more samples are in it already; it is left as it is")
         run = read_run(run.folder)
+    if run.config.get("ask") and run.records:
+        print(story_in(run, run.records[0].id))
+        return
     print(table([run]))
     changed = [record for record in run.records if record.base.exact != record.answer.exact]
     for record in [*changed, *run.records][:1]:
@@ -209,9 +220,70 @@ def story(record: Record, tau: float) -> str:
     for when, v in (("before", record.base), ("after", record.answer)):
         worth = {True: "right  ", False: "wrong  ", None: ""}[v.exact]
         rows.append((when, f"{worth}{v.text}" + (f"   ({v.reason})" if v.reason else "")))
-    rows.append(("gold", record.gold))
+    if record.answer.exact is not None:
+        rows.append(("gold", record.gold))
     lines = [f"{label:>10}  {text}".replace("\n", "\n" + " " * 12) for label, text in rows]
     return printable("\n".join(lines))
+
+
+# --- The samples of a run, a line each ------------------------------------------------------------
+LISTS = ("fixed", "harmed", "uncertain", "rejected", "all")
+
+
+def is_in(record: Record, which: str) -> bool:
+    """Does one of LISTS have this sample? rejected: G has rejected a try at a pair for it."""
+    before, after = record.base.exact, record.answer.exact
+    return {"fixed": after and before is False, "harmed": before and after is False,
+            "uncertain": record.uncertain, "rejected": bool(record.rejected), "all": True}[which]
+
+
+def in_words(record: Record) -> str:
+    """What came of a sample, on one line: `adapted  u 0.417  wrong -> right  wrong value: x`."""
+    worth = {True: "right", False: "wrong", None: "?"}
+    margin = "-" if record.margin is None else f"{record.margin:.3f}"
+    why = record.answer.reason or record.base.reason
+    return (f"{record.outcome:<8}  u {margin:>5}  {worth[record.base.exact]:>5} -> "
+            f"{worth[record.answer.exact]:<5}  {why}").rstrip()
+
+
+def listing(run: Run, which: str) -> str:
+    """One line for each sample of the list `which`, in the run's order."""
+    listed = [record for record in run.records if is_in(record, which)]
+    wide, lines = max([len(record.id) for record in listed], default=0), []
+    for record in listed:
+        reasons = [each["reason"] for each in record.rejected] if which == "rejected" else []
+        lines.append("  ".join([record.id.ljust(wide), in_words(record), *reasons]))
+    lines.append(f"{run.folder}: {which}: {len(listed)} of {len(run.records)} samples")
+    return "\n".join([printable(line.replace("\n", " ")) for line in lines])
+
+
+def difference(one: Run, other: Run, which: str) -> str:
+    """What differs between two runs in each sample that the list `which` has of either, and what
+    came of it in both."""
+    theirs, lines, alone = {record.id: record for record in other.records}, [], 0
+    for a in one.records:
+        b = theirs.pop(a.id, None)
+        alone += b is None
+        if b and (is_in(a, which) or is_in(b, which)):
+            parts = {"request": a.request != b.request, "gold": a.gold != b.gold,
+                     "margin": a.margin != b.margin, "pair": a.pairs != b.pairs,
+                     "before": a.base != b.base, "after": a.answer != b.answer}
+            if named := [part for part, differs in parts.items() if differs]:
+                lines += [f"{a.id}: {', '.join(named)}", f"  1  {in_words(a)}", f"  2  {in_words(b)}"]
+    lines += [f"1 = {one.folder}, 2 = {other.folder}: {which}: {len(lines) // 3} samples differ; "
+              f"in one run alone: {alone + len(theirs)}"]
+    return "\n".join([printable(line.replace("\n", " ")) for line in lines])
+
+
+def stages_table(stages: Sequence[KeptStage]) -> str:
+    """The kept lines: their size, and the runs that read them."""
+    lines, total = [], sum([each.size for each in stages])
+    for each in stages:
+        who = [run.name for run in each.readers]
+        read = ", ".join(who[:2]) + f" and {len(who) - 2} more" * (len(who) > 2) or "no run"
+        read = read if each.key else "torn: no key tells what it is of"
+        lines.append(f"{each.size / 1e3:10,.1f} kB  {each.name}  {read}")
+    return printable("\n".join([*lines, f"{total / 1e3:10,.1f} kB in all"]))
 
 
 # --- The program ----------------------------------------------------------------------------------
@@ -220,22 +292,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--sample", metavar="ID", help="what happened to one sample, in each run")
+    parser.add_argument("--sample", metavar="ID", nargs="+", action="extend",
+                        help="what happened to these samples, in each run")
+    parser.add_argument("--list", choices=LISTS, help="a line a sample; of two runs, what differs")
+    parser.add_argument("--stages", action="store_true",
+                        help="of a folder of runs: what is kept, its size, which runs read it")
+    parser.add_argument("--prune", action="store_true", help="delete what no run there reads")
     parser.add_argument("--markdown", action="store_true", help="the table, for a README")
     parser.add_argument("--json", action="store_true", help="the summaries, {run: {name: value}}")
     args = parser.parse_args(argv)
     try:
-        runs = read_runs(args.runs)
-        if args.json:
-            print(json.dumps({str(run.folder): summarise(run.records) for run in runs}, indent=2))
-        elif args.sample is None:
-            print(table(runs, args.markdown))
-        else:
-            print("\n\n".join(story_in(run, args.sample) for run in runs))
+        print(told(args), flush=True)
+    except BrokenPipeError:                 # who reads it has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def told(args: argparse.Namespace) -> str:
+    """What the command line asks for."""
+    if args.prune:
+        return "\n".join([f"deleted:\n{stages_table(prune(folder))}" for folder in args.runs])
+    if args.stages:
+        return "\n".join([stages_table(kept_stages(folder)) for folder in args.runs])
+    runs = read_runs(args.runs)
+    if args.json:
+        return json.dumps({str(run.folder): summarise(run.records) for run in runs}, indent=2)
+    if args.sample:
+        return "\n\n".join([story_in(run, id) for id in args.sample for run in runs])
+    if args.list and len(runs) == 2:
+        return difference(*runs, args.list)
+    if args.list:
+        return "\n\n".join([listing(run, args.list) for run in runs])
+    return table(runs, args.markdown)
 
 
 def story_in(run: Run, id: str) -> str:

@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,6 +24,8 @@ from itertools import takewhile
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # torch's; it is not needed
+if __name__ == "__main__":      # while torch loads, and at the end, an interrupt needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +36,10 @@ from augment import Found, LocalWriter, ServerWriter, synthesize, try_call_first
 from data import Sample, Task, request_text, with_request
 from data.calls import call_start, call_text
 from data.chat import Tokenizer
-from data.runs import (NON_FINITE, Kept, Lines, Missing, Record, Run, digest, forget, other_keys,
-                       out_of_memory, run_folder, stage)
+from data.runs import (NON_FINITE, Kept, Lines, Missing, Record, Run, adapter_folder, digest,
+                       forget, other_keys, out_of_memory, run_folder, stage)
 from evaluate import exact_match, join, printable
-from lora import Params, adapters, new_params
+from lora import TARGETS, Params, adapters, new_params, save_adapter
 from model import KVCache, Qwen2, find_checkpoint, fingerprint, generate, load_model, seeded
 from uncertainty import PrefixCaches, score_candidates, softmax_difference
 
@@ -173,6 +176,9 @@ def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Le
             x.id, "" if finite else NON_FINITE, list(takewhile(math.isfinite, losses[i])),
             list(takewhile(math.isfinite, norms[i])), answer.text,
             config.epochs * learnt, len(answer.ids)))
+        if config.keep_adapters and finite:
+            base = TINY if config.model == "tiny" else config.model
+            save_adapter(adapter_folder(config.out, x.id), params, config.alpha, base, row=i)
     return lines
 
 
@@ -247,6 +253,8 @@ class Config:
     data: str = option("", RUN, "its file or folder, or \"bundled\" for its stand-in (default: "
                        "$TTSI_DATA, the cache, a download); without --bench a file of your own, or "
                        "the folder of one: JSON or JSON Lines, see data/README.md")
+    ask: str = option("", RUN, "one request of your own; --data FILE tells what it may choose from "
+                      "(a file of nothing else, or of samples: then what its first one may)")
     model: str = option("", RUN, "hub id, folder or tiny (default: Qwen2.5-1.5B-Instruct on a GPU)")
     method: str = option("ttsi", RUN, "base: direct answers; ttsi: adapt to the uncertain samples; "
                          "ttd: to pairs that --teacher wrote", "base", "ttsi", "ttd")
@@ -284,6 +292,8 @@ class Config:
                         "auto", "float32", "bfloat16")
     pack: bool = option(True, HOW, "on a CPU hold large weights twice: less time, more memory")
     offline: bool = option(False, HOW, "never download anything")
+    keep_adapters: bool = option(False, HOW, "each adapter in peft's format, as adapters/<id> in "
+                                 "the run folder (peft answers as the run did with --adapt full)")
     fresh: bool = option(False, HOW, "forget what is kept of this configuration")
 
     def __post_init__(self):
@@ -292,6 +302,7 @@ class Config:
             allowed.append((name, getattr(self, name) >= 1, "1 or more"))
         for name in ("temperature", "lr", "limit", "batch"):
             allowed.append((name, 0 <= getattr(self, name) < math.inf, "0 or more"))
+        allowed.append(("ask", not self.ask or self.ask.strip(), "a request"))
         allowed.append(("tau", 0 <= self.tau <= 1, "in [0, 1]"))
         allowed.append(("top_p", 0 < self.top_p <= 1, "in (0, 1]"))
         allowed.append(("alpha", 0 < self.alpha < math.inf, "above 0"))
@@ -317,9 +328,13 @@ def exit_codes(main: Callable) -> Callable:
     """Print a program's error as one sentence and return 2; return 130 when it is interrupted."""
     @wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        before = {}
+        if threading.current_thread() is threading.main_thread():   # only it may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):  # also in a job that ignores SIGINT
+                before[number] = signal.signal(number, signal.default_int_handler)
         try:
             return main(argv)
-        except KeyboardInterrupt:                       # before the first sample
+        except KeyboardInterrupt:                       # before the first sample, or once more
             return 130
         except (ValueError, OSError, OverflowError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
@@ -328,6 +343,9 @@ def exit_codes(main: Callable) -> Callable:
             early = isinstance(error, (ValueError, FileNotFoundError))      # nothing was begun
             print(f"error: {line}{'' if early else ' (what is finished is kept)'}", file=sys.stderr)
             return 2
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return wrapped
 
 
@@ -363,8 +381,8 @@ TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 mi
 
 
 # options that are not written into a run's name
-SILENT = ("bench", "model", "method", "seed", "batch", "checkpointing", "out", "device", "pack",
-          "offline", "fresh")
+SILENT = ("bench", "ask", "model", "method", "seed", "batch", "checkpointing", "out", "device",
+          "pack", "offline", "keep_adapters", "fresh")
 
 
 def fill_in(config: Config) -> Config:
@@ -379,7 +397,10 @@ def fill_in(config: Config) -> Config:
                              "one of them, or say --bench")
         own = files[0] if own.is_dir() else own
         bench = own.stem.encode(errors="replace")[:60].decode(errors="ignore")
+        bench = "ask" if config.ask else bench
         config = replace(config, data=str(own))
+    elif config.ask:
+        raise ValueError("--ask needs --data FILE, without --bench: what may be chosen from")
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name not in SILENT + ("data",) * (not config.bench) and value != f.default:
@@ -417,14 +438,25 @@ def set_up(config: Config, task: Task = CALLING,
     what = "bundled samples, not the benchmark" if config.data == "bundled" else "the real samples"
     what = f"the samples of {config.data}" if Path(config.data).expanduser().is_file() else what
     what = f"{len(samples)} samples of its own" if samples else what
+    what = f"one request, with what {config.data} offers" if config.ask else what
     print(f"{config.bench}: {config.model} on {what}; {config.device}, {config.dtype}   (--model, "
           "--data and --device change it)", flush=True)
-    samples = samples or data.load(config.bench, config.data, config.offline)
+    samples = samples or data.load(config.bench, config.data, config.offline, config.ask)
     samples = samples[:config.limit or None]
     try:
         me, facts = load_local(config.model, config)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+    sides, there = 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name, weight in me.model.named_parameters():
+        if name.split(".")[-2] in TARGETS and weight.dim() == 2:
+            sides += sum(weight.shape)
+    if config.device.startswith("cuda"):
+        _, there = torch.cuda.mem_get_info(config.device)
+    need = 16 * config.rank * sides     # A and B, their gradients, AdamW's two means; float32
+    if need > there:
+        raise ValueError(f"--rank {config.rank}: to train such an adapter takes {need / 2**30:.0f} "
+                         f"GiB, and {config.device} has {there / 2**30:.0f}; choose a smaller one")
     writer, who = me, "the model"
     if config.teacher_model:
         writer = ServerWriter(config.teacher, config.teacher_model, options=config.teacher_option)
@@ -501,8 +533,6 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callab
     if share:
         for told in other_keys(there):
             print(told, flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):      # also where a shell's job ignores SIGINT
-        signal.signal(number, signal.default_int_handler)       # raises KeyboardInterrupt
     kept, code = Kept(agent, config), 0
     try:
         with tqdm(total=len(share), unit="sample", dynamic_ncols=True, disable=process > 0) as bar:

@@ -100,12 +100,13 @@ PUBLISHED = {       # benchmark: (file at URL, its git blob id = sha1("blob <siz
 }
 
 
-def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
+def load(bench: str, data: str = "", offline: bool = False, ask: str = "") -> list[Sample]:
     """A benchmark's samples in file order, or those of a file `data` that is named `bench`; sample
     i keeps its own id, or is named f"{bench}-{i}". The file is `data`, or in the folder `data`;
     else in the folder $TTSI_DATA; else in the cache (~/.cache/ttsi or $XDG_CACHE_HOME/ttsi),
     downloaded there unless `offline`. "bundled" is the generated stand-in in data/samples. Raises
-    ValueError (where the file is wrong, and how) or OSError (no file). What is left out is said."""
+    ValueError (where the file is wrong, and how) or OSError (no file). What is left out is said.
+    ask: one request in place of the samples, with the tools of the first or of a file of tools."""
     if bench not in PUBLISHED and data in ("", "bundled"):
         known = ", ".join(PUBLISHED)
         raise ValueError(f"unknown benchmark {bench!r}; choose one of {known}, or --data FILE")
@@ -117,11 +118,7 @@ def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
     elif not own or (os.path.isdir(own) and not data and not path.is_file()):
         path = cached_file(URL + name, blob, offline)
     if not os.path.isfile(path):
-        hint = f"--data and $TTSI_DATA take {name or 'a file of samples'} or its folder"
-        if data == "bundled":
-            there = ", ".join(sorted([each.stem for each in path.parent.glob("*.json")]))
-            hint += f"; bundled are only {there}; another --model downloads it"
-        raise FileNotFoundError(f"no file {path}; {hint}")
+        raise FileNotFoundError(f"no file {path}; {what_there_is(path, name, data)}")
     mend, content = "mend the file, or give another with --data", path.read_bytes()
     try:
         items = json.loads(content.decode("utf-8-sig"))
@@ -131,6 +128,7 @@ def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
     items = [items] if isinstance(items, dict) and items else items
     if not isinstance(items, list) or not items:
         raise ValueError(f"{path}: not a list of samples, or an empty one; {mend}")
+    items = first_or_tools(items) if ask else items
     found, ids, said = [], [], Counter()
     for i, item in enumerate(items):
         read, keys = of_none, item.keys() if isinstance(item, dict) else set()
@@ -159,7 +157,26 @@ def load(bench: str, data: str = "", offline: bool = False) -> list[Sample]:
         said["ids are not unique: samples are named by their place"] += 1
     for what, count in (+said).items():
         print(f"{path}: {what} ({count} times)")
+    if ask:
+        return [Sample(f"{bench}-0", ({"role": "user", "content": ask},), found[0].tools, None)]
     return [Sample(id, each.messages, each.tools, each.answers) for id, each in zip(ids, found)]
+
+
+def what_there_is(path: Path, name: str, data: str) -> str:
+    """What a user may give in place of a file that is not there."""
+    hint = f"--data and $TTSI_DATA take {name or 'a file of samples'} or its folder"
+    if data == "bundled":
+        there = ", ".join(sorted([each.stem for each in path.parent.glob("*.json")]))
+        hint += f"; bundled are only {there}; another --model downloads it"
+    return hint
+
+
+def first_or_tools(items: list) -> list[dict]:
+    """A file's first sample alone; of a file of tools, bare or as {"tools"}, one with these."""
+    first = items[0] if isinstance(items[0], dict) else {}
+    if any([first.keys() >= set(shape) for shape in SHAPES]):
+        return items[:1]
+    return [{"query": "-", "tools": first.get("tools", items)}]
 
 
 def cached_file(url: str, blob: str, offline: bool) -> Path:

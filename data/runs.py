@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from glob import escape
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -55,6 +57,9 @@ def code_digest(*functions: Callable) -> str:
     or a nested function, whose code could not be told from another's."""
     todo, found = [(Path(inspect.getfile(f)).resolve(), f.__name__) for f in functions], {}
     for file, name in todo:
+        if not file.is_file():
+            raise ValueError(f"{name} has no file, so no key can tell its code from another's: put "
+                             "it into a .py file, and import it from there")
         if name not in definitions(file):
             raise ValueError(f"{name} in {file}: a stage or a task takes functions that a file "
                              "defines at its top level")
@@ -120,6 +125,7 @@ class Kept:
     lines: dict[str, dict] = field(default_factory=dict)    # a file's name -> sample -> line
     files: dict[str, Path] = field(default_factory=dict)    # a file's name -> this process's file
     sizes: dict[str, int] = field(default_factory=dict)     # stage -> samples that memory has held
+    lock: IO | None = None          # while it is open, a run works here
 
     def __call__(self, function: Callable, samples: Sequence, *seen: Lines) -> Lines:
         stage, known = function.stage, {**vars(self.config), **self.agent.facts}
@@ -129,15 +135,27 @@ class Kept:
         name = f"{stem}-{digest(key)[:12]}"
         if name not in self.lines:
             self.keys[name], self.lines[name] = key, self.read(stage, name)
-        lines, of = self.lines[name], {x.id: digest(x) for x in samples}
-        missing = [x for x in samples if of[x.id] not in lines]
+        lines, of, wanted = self.lines[name], {x.id: digest(x) for x in samples}, {}
+        if self.config.keep_adapters and "rank" in stage.reads:     # sample -> the adapter's mark
+            wanted = {x.id: adapter_folder(self.config.out, x.id) / "line" for x in samples}
+        missing = []
+        for x in samples:
+            mark, line = wanted.get(x.id), lines.get(of[x.id])
+            if not line or mark and not line.failed and not (
+                    mark.is_file() and mark.read_text() == f"{name} {of[x.id]}"):
+                missing.append(x)
         if missing and not self.computing:
             raise Missing(missing[0].id)
         while missing:
-            new = self.compute(function, missing, seen)
-            self.append(name, [{"of": of[line.id], **asdict(line)} for line in new])
-            lines |= {of[line.id]: line for line in new}
-            missing = [x for x in missing if of[x.id] not in lines]
+            new = {of[line.id]: line for line in self.compute(function, missing, seen)}
+            fresh = {each: line for each, line in new.items() if each not in lines}
+            for each, line in new.items():
+                if line.id in wanted and not line.failed:
+                    wanted[line.id].write_text(f"{name} {each}")
+            if fresh:
+                self.append(name, [{"of": each, **asdict(line)} for each, line in fresh.items()])
+            lines |= fresh
+            missing = [x for x in missing if of[x.id] not in new]
         found = Lines({x.id: lines[of[x.id]] for x in samples})
         found.key = key
         return found
@@ -194,6 +212,8 @@ class Kept:
         if name not in self.files:
             folder = Path(self.config.out).parent / "stages"
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock = self.lock or open(folder / ".lock", "a")
+            fcntl.flock(self.lock, fcntl.LOCK_SH)       # until this object ends: nothing is pruned
             self.files[name] = folder / f"{name}.{uuid.uuid4().hex[:8]}.jsonl"
         with open(self.files[name], "a", encoding="utf-8") as file:
             if not file.tell():
@@ -223,19 +243,74 @@ def key_in(path: Path) -> dict:
         return {}
 
 
+def agrees(key: dict, known: dict, code: dict | None = None) -> bool:
+    """Is it the key of a stage with these options and facts (and this code, {stage: digest})?"""
+    own = [key[name] == known[name] for name in key.keys() & known.keys() - {"code", "seen"}]
+    of_code = code is None or not key or key["code"] == code.get(key["stage"])
+    return of_code and all(own) and all([agrees(seen, known, code) for seen in key.get("seen", ())])
+
+
 def forget(config: object, facts: dict) -> None:
     """Delete the kept lines of this configuration (--fresh): those of its benchmark and model whose
     key has its options and facts, whatever the code."""
     known = json.loads(json.dumps({**vars(config), **facts}))       # as a file has it
-
-    def agrees(key: dict) -> bool:
-        own = all(key[name] == known[name] for name in key if name in known)
-        return own and all(map(agrees, key["seen"]))
     stem = f"-{config.bench}-{Path(config.model).resolve().name[:40]}"
     for path in Path(config.out).parent.glob(f"stages/*{escape(stem)}-*.jsonl"):
         key = key_in(path)
-        if key and path.name.rpartition("-")[0] == key["stage"] + stem and agrees(key):
+        if key and path.name.rpartition("-")[0] == key["stage"] + stem and agrees(key, known):
             path.unlink()
+
+
+@dataclass
+class KeptStage:
+    """The files of a stage's kept lines, one a process, and the run folders whose key names it."""
+    name: str                   # as H-<bench>-<model>-<digest>
+    key: dict                   # {}: it is torn in each file
+    paths: list[Path]
+    size: int                   # bytes
+    readers: list[Path]
+
+
+def kept_stages(folder: Path) -> list[KeptStage]:
+    """What is kept in a folder of runs, such as runs/. FileNotFoundError if it is none, ValueError
+    for a run folder in it that does not tell what it reads."""
+    found, runs = {}, []
+    if not (folder / "stages").is_dir():
+        raise FileNotFoundError(f"no folder {folder}/stages: give a folder of runs, such as runs")
+    for path in sorted(folder.glob("*/config.json")):
+        try:
+            config = json.loads(path.read_bytes())
+            runs.append((path.parent, {**config, **config["facts"]}, dict(config["code"])))
+        except (ValueError, TypeError, LookupError):
+            raise ValueError(f"{path} does not tell what its run reads: is it damaged, or of an "
+                             "older version? Mend it, or delete that folder") from None
+    for path in sorted(folder.glob("stages/*.jsonl")):
+        name = path.name.rsplit(".", 2)[0]
+        each = found.setdefault(name, KeptStage(name, {}, [], 0, []))
+        each.key = each.key or key_in(path)
+        each.paths.append(path)
+        each.size += path.stat().st_size
+    for each in found.values():
+        for run, known, code in runs if each.key else ():
+            named = each.name.startswith(f"{each.key['stage']}-{known['bench']}-")
+            if named and agrees(each.key, known, code):
+                each.readers.append(run)
+    return list(found.values())
+
+
+def prune(folder: Path) -> list[KeptStage]:
+    """Delete the kept lines that no run folder's key names, and tell which they were; not those
+    with a torn key. ValueError while a run works in this folder."""
+    kept_stages(folder)                             # is it such a folder?
+    with open(folder / "stages" / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"a run works in {folder}: prune when it has ended") from None
+        unread = [each for each in kept_stages(folder) if each.key and not each.readers]
+        for path in [path for each in unread for path in each.paths]:
+            path.unlink()
+    return unread
 
 
 def other_keys(kept: Kept) -> list[str]:
@@ -295,7 +370,8 @@ class Run:
 
 
 # what changes no outcome, or says itself in the facts; and facts that only tell of the machine
-FREE = {"batch", "checkpointing", "out", "device", "dtype", "pack", "offline", "fresh"}
+FREE = {"ask", "batch", "checkpointing", "out", "device", "dtype", "pack", "offline",
+        "keep_adapters", "fresh"}
 TOLD = {"torch", "python"}
 
 
@@ -373,5 +449,20 @@ def read_run(folder: Path) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs of `runs/*`, where the kept stages lie beside them."""
-    return [read_run(folder) for folder in folders if folder.name != "stages"]
+    """The runs of `runs/*`. Beside a run, what is no run folder is passed over, and named."""
+    runs, others = [], []
+    for folder in folders:
+        files = [folder / name for name in ("config.json", "records.jsonl")]
+        is_other = folder.exists() and not any([path.is_file() for path in files])
+        (others if is_other else runs).append(folder)
+    for folder in others if runs else ():
+        if folder.name != "stages":
+            print(f"{folder}: passed over, it is no run folder", file=sys.stderr)
+    return [read_run(folder) for folder in runs or others if folder.name != "stages"]
+
+
+def adapter_folder(out: str, id: str) -> Path:
+    """Where --keep-adapters puts a sample's adapter: adapters/<id> in the run folder; an id that is
+    no plain name is replaced by a digest."""
+    plain = re.fullmatch(r"\w[\w.-]{,99}", id, re.ASCII)
+    return Path(out, "adapters", id if plain else digest(id)[:16])

@@ -13,6 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+if not __package__:
+    print("Call it in the project's folder as: python -m research.gates", file=sys.stderr)
+    sys.exit(2)
+
 from tqdm import tqdm
 
 import train

@@ -14,6 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 
+if not __package__:
+    print("Call it in the project's folder as: python -m research.lessons", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 import torch.nn.functional as F
 

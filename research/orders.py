@@ -12,6 +12,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+if not __package__:
+    print("Call it in the project's folder as: python -m research.orders", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 
 import train

@@ -10,6 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if not __package__:
+    print("Call it in the project's folder as: python -m research.pictures", file=sys.stderr)
+    sys.exit(2)
+
 import matplotlib
 matplotlib.use("Agg")                   # draw into files; no screen is needed
 import matplotlib.pyplot as plt

@@ -19,6 +19,10 @@ from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median
 
+if not __package__:
+    print("Call it in the project's folder as: python -m research.report", file=sys.stderr)
+    sys.exit(2)
+
 import numpy as np
 from scipy.stats import binomtest, norm, permutation_test
 

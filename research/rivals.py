@@ -15,6 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 
+if not __package__:
+    print("Call it in the project's folder as: python -m research.rivals", file=sys.stderr)
+    sys.exit(2)
+
 import torch
 
 import data
@@ -57,6 +61,8 @@ class RivalConfig(train.Config):
             raise ValueError("--train-data and --rival icl or sft need each other")
         if min(self.draws, self.train_batch) < 1:
             raise ValueError("--draws and --train-batch: must be 1 or more")
+        if self.keep_adapters and self.rival:
+            raise ValueError("--keep-adapters: a rival has no adapter for each sample")
 
 
 def direct(samples: Samples, config: RivalConfig, kept: Kept) -> tuple[Lines, list, list]:

@@ -14,6 +14,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+if not __package__:
+    print("Call it in the project's folder as: python -m research.scores", file=sys.stderr)
+    sys.exit(2)
+
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar

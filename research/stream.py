@@ -14,6 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+if not __package__:
+    print("Call it in the project's folder as: python -m research.stream", file=sys.stderr)
+    sys.exit(2)
+
 import train
 from augment import Found, synthesize
 from data import Sample, call_prompt, with_request

@@ -18,11 +18,16 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
+
+if not __package__:
+    print("Call it in the project's folder as: python -m research.tiny", file=sys.stderr)
+    sys.exit(2)
 
 import tokenizers
 import torch

@@ -5,6 +5,8 @@ Scoring is told in test_calls.py, too, case by case.
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import pytest
 from data import Sample
 from data.calls import Call
 from data.runs import Record, Run, read_run, write_run
-from evaluate import (KNOWN, exact_match, join, main, nearest, printable, story, summarise,
-                      table)
+from evaluate import (KNOWN, difference, exact_match, join, listing, main, nearest, printable, story,
+                      summarise, table)
+
+ROOT = Path(__file__).parent.parent
 
 TOOL = {"name": "f", "description": "", "parameters": {"x": {"type": "integer"}}}
 SAMPLE = Sample("s", (), (TOOL,), (Call("f", {"x": 1}),))
@@ -231,10 +235,47 @@ def test_control_characters_never_reach_the_terminal():
     assert "\x1b" not in story(hostile, 0.95) + table([Run(Path("\x1b[2J"), {}, RECORDS)])
 
 
+# --- The samples of a run, a line each ------------------------------------------------------------
+
+@pytest.mark.parametrize("which, ids", [
+    ("fixed", "ae"), ("harmed", "b"), ("uncertain", "abde"), ("rejected", "ab"), ("all", "abcde")])
+def test_a_list_has_a_line_for_each_of_its_samples(tmp_path, which, ids):
+    records = [replace(r, rejected=r.rejected if r.id in "ab" else []) for r in RECORDS]
+    *lines, last = listing(Run(Path("run"), CONFIG, records), which).splitlines()
+    assert [line.split()[0] for line in lines] == list(ids)
+    assert last == f"run: {which}: {len(ids)} of 5 samples"
+    assert ("unknown argument: y" in lines[0]) == (which == "rejected")
+    if which == "fixed":
+        assert lines[0] == "a  adapted   u 0.500  wrong -> right  wrong name: g for f"
+
+
+def test_a_sample_without_gold_or_margin_is_listed_as_neither_right_nor_wrong():
+    bare = replace(RIGHT, exact=None, reason="no gold answer")
+    run = Run(Path("run"), {}, [record("a\n\x1b", True, True, base=bare, answer=bare, margin=None)])
+    assert listing(run, "all").splitlines()[0] == \
+        "a \\x1b  adapted   u     -      ? -> ?      no gold answer"
+    assert len(listing(run, "fixed").splitlines()) == len(listing(run, "harmed").splitlines()) == 1
+
+
+def test_of_two_runs_is_told_what_differs_sample_by_sample():
+    others = [RECORDS[0], replace(RECORDS[1], margin=0.25, pairs=[]),
+              replace(RECORDS[3], answer=RIGHT), replace(RECORDS[4], seconds={}), record("f", 0, 1)]
+    one, other = Run(Path("one"), CONFIG, RECORDS), Run(Path("other"), CONFIG, others)
+    assert difference(one, other, "all").splitlines() == [
+        "b: margin, pair", "  1  adapted   u 0.500  right -> wrong  wrong name: g for f",
+        "  2  adapted   u 0.250  right -> wrong  wrong name: g for f",
+        "d: after", "  1  no pair   u 0.500  wrong -> wrong  wrong name: g for f",
+        "  2  no pair   u 0.500  wrong -> right  wrong name: g for f",
+        "1 = one, 2 = other: all: 2 samples differ; in one run alone: 2"]
+    assert [line[0] for line in difference(one, other, "fixed").splitlines()] == list("d  1")
+    assert "0 samples differ; in one run alone: 0" in difference(one, one, "all")
+
+
 # --- The program ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, said", [
     ([], "+20.0"), (["--markdown"], "| run"), (["--sample", "a"], "run\n    sample  a: adapted"),
+    (["--sample", "a", "b"], "sample  b: adapted"), (["--list", "harmed"], "harmed: 1 of 5"),
     (["--json"], json.dumps(summarise(RECORDS), indent=2).replace("\n", "\n  "))])
 def test_the_program_tells_what_is_asked_for_and_skips_the_kept_stages(folder, capsys, flags, said):
     stages = folder.with_name("stages")
@@ -250,3 +291,34 @@ def test_a_users_mistake_is_one_line_and_code_2(folder, capsys, name, flags, sai
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("evaluate.py: error: ") and error.endswith("\n")
     assert said in error and error[:-1].isprintable()
+
+
+def test_what_is_no_run_beside_a_run_is_passed_over_and_named(folder, capsys):
+    for name in ("stages", "notes"):
+        folder.with_name(name).mkdir()
+    folder.with_name("a.txt").write_text("")
+    assert main(list(map(str, folder.parent.iterdir()))) == 0
+    out, error = capsys.readouterr()
+    assert "+20.0" in out and "stages" not in error
+    assert error.count("passed over, it is no run folder") == 2 and "notes" in error
+    (folder / "config.json").unlink()                       # a run that has lost a file is none
+    assert main(list(map(str, folder.parent.iterdir()))) == 2
+    assert "config.json: is " in capsys.readouterr().err
+    assert main([str(folder.with_name("notes"))]) == 2      # nor is there a table of no run
+
+
+def test_two_runs_differ_or_each_is_listed(folder, capsys):
+    assert main([str(folder), str(folder), "--list", "all"]) == 0
+    assert "0 samples differ" in capsys.readouterr().out
+    assert main([*[str(folder)] * 3, "--list", "fixed"]) == 0
+    assert capsys.readouterr().out.count("fixed: 2 of 5 samples") == 3
+
+
+@pytest.mark.parametrize("flags", [["--list", "all"], ["--sample", "a"]])
+def test_a_reader_that_has_read_enough_is_no_error(folder, flags):
+    read, write = os.pipe()
+    os.close(read)                                          # as `| head` leaves it
+    process = subprocess.run([sys.executable, ROOT / "evaluate.py", folder, *flags], stdout=write,
+                             stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (0, "")

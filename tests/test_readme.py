@@ -2,8 +2,11 @@
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -50,6 +53,29 @@ def test_every_command_is_understood(text, capsys):
         options = re.findall(r"(?<= )--[a-z-]+", arguments)
         known = re.findall(r"--[a-z-]+", capsys.readouterr().out)
         assert set(options) <= set(known), (script or module, arguments)
+
+
+def test_the_lines_for_a_notebook_run_also_outside_the_main_thread(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines, errors = re.search(r"^```python\n(import .*?)^```", README, re.S | re.M)[1], []
+
+    def typed():
+        try:
+            exec(lines.replace('bench=', 'model="tiny", device="cpu", bench='), {})
+        except BaseException as error:
+            errors.append(error)
+    thread = Thread(target=typed)
+    thread.start()
+    thread.join()
+    assert not errors and len(lines.splitlines()) <= 8
+    assert "sample  nexusraven-1: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "research").glob("[a-z]*.py")), ids=str)
+def test_a_file_of_research_that_is_run_as_a_script_says_how_it_is_called(path):
+    said = subprocess.run([sys.executable, path], capture_output=True, text=True)
+    assert said.returncode == 2 and said.stdout == ""
+    assert said.stderr == f"Call it in the project's folder as: python -m research.{path.stem}\n"
 
 
 def test_files_that_are_named_exist():

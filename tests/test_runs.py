@@ -11,7 +11,8 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from shutil import copy
+from shutil import copy, rmtree
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,8 @@ import evaluate
 import train
 from augment import Found
 from data import Sample
-from data.runs import Kept, code_digest, definitions, forget, key_in, read_run, stage
+from data.runs import (Kept, Lines, code_digest, definitions, forget, kept_stages, key_in, prune,
+                       read_run, stage)
 from train import TINY, Agent, Config, fill_in, main, self_improve
 
 ROOT = Path(__file__).parent.parent
@@ -165,8 +167,9 @@ DEPENDS = {     # an option or fact -> the stages whose lines depend on it; put 
     **dict.fromkeys("writer tries k pair temperature top_p".split(), "GT"), "seed": "GT",
     **dict.fromkeys("adapt rank alpha epochs lr".split(), "T"),
     # what says where things are, and how to run them; a sample, a model and a teacher have digests
-    **dict.fromkeys("""bench data model method teacher teacher_model teacher_option limit tau batch
-        checkpointing out device dtype pack offline fresh samples torch python""".split(), "")}
+    **dict.fromkeys("""bench data ask model method teacher teacher_model teacher_option limit tau
+        batch checkpointing out device dtype pack offline keep_adapters fresh samples torch python
+        """.split(), "")}
 
 
 def keys(known: dict, **codes) -> dict[str, str]:
@@ -531,13 +534,16 @@ def test_an_interrupted_run_tells_what_is_finished_and_goes_on(
         if batch[0].id == "apibank-2" and kept.computing:
             signal.raise_signal(number)
         return self_improve(batch, config, kept)
-    assert run(loaded, tmp_path, interrupted) == 130 and found(tmp_path) == unbroken[0][:2]
+    program = train.exit_codes(lambda folder: run(loaded, folder, interrupted))
+    assert program(tmp_path) == 130 and found(tmp_path) == unbroken[0][:2]
     said = capsys.readouterr().out
     assert "Interrupted after 2 of 3 samples: the same command goes on." in said
     assert " 2 of 3 " in said and "2 of 3 samples" in told(tmp_path)
     assert run(loaded, tmp_path) == 0 and found(tmp_path) == unbroken[0]
     assert "of 3" not in told(tmp_path)
-    assert run(loaded, tmp_path, interrupted, fresh=True, out=str(tmp_path / "x")) in (0, 130)
+    program = train.exit_codes(lambda out: run(loaded, out.parent, interrupted, fresh=True,
+                                               out=str(out)))
+    assert program(tmp_path / "x") in (0, 130)
 
 
 def told(folder: Path) -> str:
@@ -612,6 +618,243 @@ os.environ.update(RANK='{}', WORLD_SIZE='2')"""
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("command", [["train.py"], ["evaluate.py", "x"], ["-m", "research.rivals"]])
+def test_an_interrupt_while_torch_loads_leaves_no_traceback(command):
+    process = subprocess.Popen([sys.executable, "-X", "importtime", *command], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True)
+    while "torch" not in process.stderr.readline():         # a line each module
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode and "Interrupt" not in error and "Traceback" not in error
+
+
+def test_two_interrupts_in_a_row_leave_no_traceback_and_the_handlers_are_put_back(
+        tmp_path, loaded):
+    process = start(tmp_path, argv(tmp_path))
+    while not list(tmp_path.glob("stages/H-*")):
+        assert process.is_alive()
+        time.sleep(0.01)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.02)
+    process.join()
+    assert process.exitcode == 130 and "Traceback" not in (tmp_path / "log").read_text()
+
+    def twice(batch, config, kept):
+        if kept.computing:
+            raise KeyboardInterrupt
+        return self_improve(batch, config, kept)
+
+    def again(_):
+        with loaded[0].model.register_forward_pre_hook(lambda *_: None):
+            run(loaded, tmp_path, twice, out=str(tmp_path / "other"))
+        raise KeyboardInterrupt                             # while the program ends
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert train.exit_codes(again)() == 130
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+# ------------------------------------------------------------------------ one request of one's own
+
+TOOLS = [{"name": "set_lamp", "parameters": {"room": {"type": "string"}}},
+         {"type": "function", "function": {"name": "ring", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("content", [
+    json.dumps(TOOLS), json.dumps({"tools": TOOLS}), "\n".join(map(json.dumps, TOOLS)),
+    json.dumps([{"id": "7", "query": "no", "tools": json.dumps(TOOLS), "answers": []}, 5]),
+    json.dumps({"messages": [{"role": "user", "content": "no"}], "tools": TOOLS})])
+def test_a_request_of_ones_own_is_asked_with_the_tools_of_a_file(tmp_path, content):
+    """A list of tools, an object of one, JSON Lines, or samples: the first one's."""
+    (tmp_path / "mine.json").write_text(content)
+    sample, = train.data.load("ask", str(tmp_path / "mine.json"), ask="Lamp in the hall, please")
+    assert sample.id == "ask-0" and sample.answers is None
+    assert sample.messages == ({"role": "user", "content": "Lamp in the hall, please"},)
+    assert [tool["name"] for tool in sample.tools] == ["set_lamp", "ring"]
+
+
+def test_one_request_is_told_as_a_story_from_h_to_both_answers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("tools.json").write_text(json.dumps(TOOLS))
+    asked = ["--ask", "Turn on the lamp in the hall", "--data", "tools.json", "--model", "tiny",
+             "--device", "cpu", "--tau", "1", "--max-new-tokens", "24"]
+    assert main(asked) == 0
+    said = capsys.readouterr().out
+    parts = ["  sample  ask-0: adapted", " request  Turn on the lamp in the hall", "candidate ",
+             "  margin ", "    pair ", "  losses ", "  before ", "   after "]
+    places = [said.index(part) for part in parts]
+    assert places == sorted(places) and "gold  " not in said and "\nrun  " not in said
+    assert said.count("candidate ") == 2 and "set_lamp" in said and "ring" in said
+    assert main([*asked, "--seed", "0"]) == 0               # nothing is computed a second time
+    assert "kept: 1 of 1" in capsys.readouterr().out
+    asked[1] = "Ring!"
+    assert main(asked) == 0 and len(list(Path("runs").glob("ask-*"))) == 2
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--ask", "x"], "--ask needs --data FILE"), (["--ask", " ", "--data", "t.json"], "--ask"),
+    (["--ask", "x", "--data", "t.json", "--bench", "sealtool"], "--ask needs --data FILE"),
+    (["--ask", "x", "--data", "t.json"], "t.json, item 0: no tool to call"),
+    (["--ask", "x", "--data", "gone.json"], "no file gone.json"),
+    (["--rank", "100000000"], "--rank 100000000: to train such an adapter takes")])
+def test_what_cannot_be_asked_or_does_not_fit_is_refused_before_anything_is_tried(
+        tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    Path("t.json").write_text('{"tools": []}')
+    assert main(["--model", "tiny", "--device", "cpu", *flags]) == 2
+    assert said in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_in_a_thread_as_of_a_notebook_a_program_runs_too(tmp_path):
+    codes = []
+    thread = Thread(target=lambda: codes.append(main(argv(tmp_path, limit=1, method="base"))))
+    thread.start()
+    thread.join()
+    assert codes == [0] and len(found(tmp_path)) == 1
+
+
+# ---------------------------------------------------------------------------- adapters that are kept
+
+def adapters_of(folder: Path) -> dict[str, int]:
+    """The adapters in the run folder -> when their weights were written."""
+    return {path.parent.name: path.stat().st_mtime_ns
+            for path in folder.glob("run/adapters/*/adapter_model.safetensors")}
+
+
+def test_with_peft_a_kept_adapter_answers_as_the_run_did(tmp_path, loaded):
+    peft, (agent, (*_, x)) = pytest.importorskip("peft"), loaded
+    config = fill_in(Config(**{**OPTIONS, "max_new_tokens": 32, "epochs": 5, "keep_adapters": True,
+                               "out": str(tmp_path / "run")}))
+    assert train.run(agent, [x], config) == 0
+    record, = read_run(tmp_path / "run").records
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "adapters" / x.id, dtype=torch.float32).eval()
+    ids = torch.tensor([sum(agent.tokenizer.chat(agent.task.prompt(x)), [])])
+    written = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                              max_new_tokens=config.max_new_tokens, do_sample=False)
+    text = agent.tokenizer.decode(written[0, ids.shape[1]:].tolist()).removesuffix("<|im_end|>")
+    assert text == record.answer.text != record.base.text
+
+
+def test_an_adapter_that_is_not_there_is_made_again_from_a_line_that_is(tmp_path, loaded):
+    """A line that was kept without the flag, or whose run folder is gone, gives no run without
+    its adapters; and what is there is not made twice."""
+    assert run(loaded, tmp_path) == 0
+    before = kept(tmp_path)
+    assert run(loaded, tmp_path, keep_adapters=True) == 0 and kept(tmp_path) == before
+    made = adapters_of(tmp_path)
+    assert set(made) == {"apibank-0", "apibank-1", "apibank-2"}
+    assert run(loaded, tmp_path, keep_adapters=True) == 0 and adapters_of(tmp_path) == made
+    rmtree(tmp_path / "run" / "adapters" / "apibank-1")
+    assert run(loaded, tmp_path, keep_adapters=True) == 0 and kept(tmp_path) == before
+    again = adapters_of(tmp_path)
+    assert {name for name in again if made[name] != again[name]} == {"apibank-1"}
+    mark = tmp_path / "run" / "adapters" / "apibank-2" / "line"         # of another code's line
+    mark.write_text(mark.read_text().replace("T-apibank", "X-apibank"))
+    assert run(loaded, tmp_path, keep_adapters=True) == 0
+    assert adapters_of(tmp_path)["apibank-2"] != again["apibank-2"]
+
+
+def test_two_processes_keep_all_adapters_and_what_failed_has_none(tmp_path, loaded):
+    flags = argv(tmp_path) + ["--keep-adapters"]
+    processes = [start(tmp_path, flags, f"os.environ.update(RANK='{rank}', WORLD_SIZE='2')")
+                 for rank in (0, 1)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(adapters_of(tmp_path)) == len(found(tmp_path)) == 3
+
+    def full(module, args):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+    with loaded[0].model.register_forward_pre_hook(full):
+        assert run(loaded, tmp_path / "full", limit=1, keep_adapters=True) == 0
+    assert not adapters_of(tmp_path / "full") and len(found(tmp_path / "full")) == 1
+
+
+@pytest.mark.parametrize("id, name", [("sealtool-7", "sealtool-7"), ("q1.5_a", "q1.5_a")])
+def test_an_id_names_its_adapters_folder_where_it_can(tmp_path, id, name):
+    assert train.adapter_folder(str(tmp_path), id) == tmp_path / "adapters" / name
+    hostile = ["..", "../x", "a/b", "", "é", "a" * 300, "a\n", ".hidden"]
+    folders = {train.adapter_folder(str(tmp_path), id) for id in hostile}
+    assert len(folders) == len(hostile)
+    assert all(folder.parent == tmp_path / "adapters" for folder in folders)
+
+
+# -------------------------------------------------------------- what is kept, and who still reads it
+
+def read_by(folder: Path) -> dict[str, list[str]]:
+    """stage -> the names of the runs that read its kept lines, those of each key sorted."""
+    found = {}
+    for each in kept_stages(folder):
+        found.setdefault(each.name[0], []).append(sorted(path.name for path in each.readers))
+    return {stage: sorted(readers) for stage, readers in found.items()}
+
+
+def test_the_kept_stages_tell_who_reads_them_and_prune_deletes_what_nobody_does(
+        tmp_path, loaded, capsys):
+    for out, changes in {"a": {}, "b": {"lr": 1e-3}, "c": {"max_new_tokens": 15}}.items():
+        assert run(loaded, tmp_path, limit=1, out=str(tmp_path / out), **changes) == 0
+    torn = tmp_path / "stages" / "X-apibank-tiny-0123456789ab.01234567.jsonl"
+    torn.write_text('{"key": {"sta')
+    assert read_by(tmp_path) == {"H": [["a", "b"], ["c"]], "G": [["a", "b"], ["c"]],
+                                 "T": [["a"], ["b"], ["c"]], "X": [[]]}
+    before = kept(tmp_path)
+    rmtree(tmp_path / "c")
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path), "--stages"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("no run") == 3 and "a, b" in said and "torn" in said
+    sizes = [path.stat().st_size for path in tmp_path.glob("stages/*.jsonl")]
+    assert f"{sum(sizes) / 1e3:,.1f} kB in all" in said
+    assert evaluate.main([str(tmp_path), "--prune"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 3
+    assert torn.exists() and sum((before - kept(tmp_path)).values()) == 3
+    with loaded[0].model.register_forward_pre_hook(never):      # what a run reads is still there
+        assert run(loaded, tmp_path, limit=1, out=str(tmp_path / "b"), lr=1e-3) == 0
+    assert prune(tmp_path) == []
+
+
+def never(*_):
+    raise AssertionError("the model was called")
+
+
+def test_nothing_is_pruned_while_a_run_works_there_or_where_a_run_does_not_tell_what_it_reads(
+        tmp_path, loaded):
+    def pruned(batch, config, kept):
+        outcomes = self_improve(batch, config, kept)
+        if kept.computing:
+            with pytest.raises(ValueError, match="a run works in .*: prune when it has ended"):
+                prune(tmp_path)
+        return outcomes
+    assert run(loaded, tmp_path, pruned, limit=1) == 0
+    lines = kept(tmp_path)
+    for content in ("{", "{}", '{"facts": {}}'):            # damaged, or of an older version
+        (tmp_path / "run" / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="config.json does not tell what its run reads"):
+            prune(tmp_path)
+    assert kept(tmp_path) == lines
+    with pytest.raises(FileNotFoundError, match="give a folder of runs"):
+        prune(tmp_path / "run")
+
+
+def test_fresh_forgets_also_what_saw_lines_without_a_key(tmp_path):
+    """As those of research that see all samples of a benchmark."""
+    config = Config(out=str(tmp_path / "run"), model="tiny")
+    seen = Lines({"a": 1})
+    for _ in range(2):
+        COMPUTED.clear()
+        Kept(SimpleNamespace(facts={}), config)(write_after, SAMPLES[:1], seen)
+        assert COMPUTED == ["a"]
+        forget(config, {})
+
+
+@stage("Y", Found, "seed")
+def write_after(agent, samples, config, seen) -> list[Found]:
+    return write_letters(agent, samples, config)
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 OFFLINE = """
@@ -673,6 +916,9 @@ def test_code_that_a_key_cannot_tell_is_refused(loaded):
     """Two nested functions of one name would share their lines."""
     with pytest.raises(ValueError, match="prompt in .*test_runs.py: .* top level"):
         replace(train.CALLING, prompt=nested())
+    exec(compile("def prompt(x): return []", "<stdin>", "exec"), typed := {})
+    with pytest.raises(ValueError, match="prompt has no file, .*: put it into a .py file"):
+        replace(train.CALLING, prompt=typed["prompt"])      # typed at a prompt
     other = replace(train.CALLING, action_end="'")
     assert other.code["asks"] != train.CALLING.code["asks"]     # where an action ends is part of it
 
