@@ -97,10 +97,8 @@ class PrefixCaches:
             cache = self.read(ids) if rest else KVCache()
             self.model([rest or key], cache)
             self.caches[key] = cache
-            while len(self.caches) > 1 and self.bytes() > self.max_bytes:
+            while len(self.caches) > 1 and self.max_bytes < sum(
+                    [t.nbytes for c in self.caches.values() for t in (*c.keys, *c.values)]):
                 self.caches.popitem(last=False)
         self.caches.move_to_end(key)
         return self.caches[key].fork()
-
-    def bytes(self) -> int:
-        return sum(t.nbytes for c in self.caches.values() for t in (*c.keys, *c.values))
