@@ -107,13 +107,13 @@ def verdict(text: str, x: Sample) -> Verdict:
     return Verdict(text, not reason, reason, {"letter": float(bool(said))})
 
 
-CHOICE = Task(prompt, letters, at_start, "", {"call": try_question}, verdict, "".join)
+TASK = Task(prompt, letters, at_start, "", {"call": try_question}, verdict, "".join)
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
-    return program(argv, "choice", CHOICE, read, ChoiceConfig, __doc__)
+    return program(argv, "choice", TASK, read, ChoiceConfig, __doc__)
 
 
 if __name__ == "__main__":
