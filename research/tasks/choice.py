@@ -96,7 +96,7 @@ def fault(request: str, letter: str, x: Sample) -> str:
 
 def letter_of(text: str, x: Sample) -> str:
     """The letter that an answer says: of its beginning, or after "answer is"; "" if it has none."""
-    found = re.match(r"\W*([A-Z])\b", text) or re.search(r"answer\W+(?:is\W+)?([A-Z])\b", text)
+    found = re.match(r"\W*([A-Z])\b", text) or re.search(r"nswer\W+(?:is\W+)?([A-Z])\b", text)
     return found[1] if found and found[1] in letters(x) else ""
 
 

@@ -78,7 +78,7 @@ def try_pair(writer, samples: Samples, h: dict, attempt: int, config) -> list[Tr
 
 def fault(dialogue: str, summary: str, x: Sample) -> str:
     """Why a written dialogue and its summary are rejected; "" if they are kept."""
-    turns = [line.partition(":")[2] or line for line in dialogue.split("\n")]
+    turns = [line.rpartition(":")[2] for line in dialogue.split("\n")]
     own = x.messages[-1]["content"]
     if not all(map(str.strip, turns)):
         return "an empty turn"
