@@ -166,7 +166,8 @@ def test_labels_never_reach_a_text_that_is_read(name, tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode", listen)
     samples = [replace(x, answers=("canary 77",)) for x in bundled(name, 2)]
     for control in ("other", "all"):
-        agent, samples, config = set_up(name, tmp_path / control, samples, control=control, epochs=1)
+        folder, options = tmp_path / control, {"control": control, "epochs": 1}
+        agent, samples, config = set_up(name, folder, samples, **options)
         run = partial(improve, others=other_samples(samples, config))
         assert train.run(agent, samples, config, run) == 0
     assert any(x.messages[-1]["content"].split("\n")[0] in text for x in samples for text in read)
