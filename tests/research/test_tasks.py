@@ -245,13 +245,14 @@ def tried(name: str, *texts: str):
     return made
 
 
+DIFFER = "most answers to it end in different numbers"
 OPTIONS = "\nA) p\nB) q\nC) r\nD) s\nAnswer:"
 
 
 @pytest.mark.parametrize("name, texts, request_, text", [
     ("choice", [f" Which one? {OPTIONS} C\n"], "Which one?\nA) p\nB) q\nC) r\nD) s", "C"),
     ("reading", [" What is it?\nAnswer: Grey granite.\n"], "What is it?", "Grey granite"),
-    ("arithmetic", [" What is 2 + 3?\n", "5", "First. Then 6.0", "6"], "What is 2 + 3?", "First. Then 6.0"),
+    ("arithmetic", [" What is 2+3?\n", "5", "First. Then 6.0", "6"], "What is 2+3?", "First. Then 6.0"),
     ("summary", ["Ali: Hi.\nBea: Oh, hi.\nSummary: They meet.\n"], "Ali: Hi.\nBea: Oh, hi.",
      "They meet.")])
 def test_a_good_pair_is_kept(name, texts, request_, text):
@@ -273,8 +274,8 @@ def test_a_good_pair_is_kept(name, texts, request_, text):
     ("reading", [" When was it built?\nAnswer:"], "the answer does not stand in the text"),
     ("reading", [" When was it, in 1928?\nAnswer: 1928\n"], "the question says its answer"),
     ("reading", [" when was the lighthouse of norvik built\nAnswer: 1928"], "no new question"),
-    ("arithmetic", [" What is 2 + 3?\n", "5", "6", "7"], "most answers to it end in different numbers"),
-    ("arithmetic", [" What is 2 + 3?\n", "a", "b", "c"], "most answers to it end in different numbers"),
+    ("arithmetic", [" What is 2+3?\n", "5", "6", "7"], DIFFER),
+    ("arithmetic", [" What is 2+3?\n", "a", "b", "c"], DIFFER),
     ("arithmetic", [" Mia picks 12 pears\n"], "no new problem"),
     ("summary", ["Ali: Hi.\nBea:\nSummary: They meet."], "an empty turn"),
     ("summary", ["Ali: Did you water the plants while I was away?\nBea: No.\nSummary: Plants."],
