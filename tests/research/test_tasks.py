@@ -187,8 +187,10 @@ def test_a_draw_depends_on_the_seed_and_the_sample_alone(name, tmp_path):
     for a, b in zip(one_by_one, together):
         assert (a.text, a.drawn, a.margin) == (b.text, b.drawn, pytest.approx(b.margin, abs=1e-4))
         assert len(a.drawn) == 3 and a.candidates == pytest.approx(b.candidates, abs=1e-3)
-    again, = assess_sampled(agent, samples[:1], replace(config, seed=1))
-    assert again.drawn != one_by_one[0].drawn and again.text == one_by_one[0].text
+    seed, = assess_sampled(agent, samples[:1], replace(config, seed=1))
+    id, = assess_sampled(agent, [replace(samples[0], id="other")], config)
+    assert seed.text == id.text == one_by_one[0].text
+    assert one_by_one[0].drawn not in (seed.drawn, id.drawn)
 
 
 def test_other_samples_are_drawn_by_seed_and_id_and_have_no_labels():
@@ -252,7 +254,7 @@ OPTIONS = "\nA) p\nB) q\nC) r\nD) s\nAnswer:"
 @pytest.mark.parametrize("name, texts, request_, text", [
     ("choice", [f" Which one? {OPTIONS} C\n"], "Which one?\nA) p\nB) q\nC) r\nD) s", "C"),
     ("reading", [" What is it?\nAnswer: Grey granite.\n"], "What is it?", "Grey granite"),
-    ("arithmetic", [" What is 2+3?\n", "5", "First. Then 6.0", "6"], "What is 2+3?", "First. Then 6.0"),
+    ("arithmetic", [" What is 2+3?\n", "5", "So 6.0", "6"], "What is 2+3?", "So 6.0"),
     ("summary", ["Ali: Hi.\nBea: Oh, hi.\nSummary: They meet.\n"], "Ali: Hi.\nBea: Oh, hi.",
      "They meet.")])
 def test_a_good_pair_is_kept(name, texts, request_, text):
