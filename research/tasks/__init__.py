@@ -40,6 +40,11 @@ class TaskConfig(train.Config):
                           "pair; icl: show the pair in the prompt, and train nothing",
                           "all", "other", "icl")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.control and self.method == "base":
+            raise ValueError(f"--control {self.control}: --method base adapts to nothing")
+
 
 @dataclass(frozen=True)
 class SampledConfig(TaskConfig):

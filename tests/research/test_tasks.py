@@ -439,7 +439,8 @@ def test_a_bad_file_is_one_sentence_and_nothing_is_begun(name, content, said, tm
 @pytest.mark.parametrize("flags, said", [
     (["--data", "no-such-file"], "no file no-such-file"), (["--answers", "1"], "--answers 1: must"),
     (["--bench", "sealtool"], "--bench sealtool: a task's samples"), (["--tau", "2"], "--tau 2.0"),
-    (["--pair", "joint"], "--pair joint: this task has only call")])
+    (["--pair", "joint"], "--pair joint: this task has only call"),
+    (["--method", "base", "--control", "all"], "--control all: --method base adapts to nothing")])
 def test_a_wrong_option_is_one_sentence(flags, said, capsys):
     assert reading.main(flags) == 2
     error = capsys.readouterr().err
