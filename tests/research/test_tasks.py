@@ -194,7 +194,7 @@ def test_a_draw_depends_on_the_seed_and_the_sample_alone(name, tmp_path):
 
 
 def test_other_samples_are_drawn_by_seed_and_id_and_have_no_labels():
-    samples = bundled("choice", 9)
+    samples = bundled("choice", 30)
     draws = [other_samples(samples, SimpleNamespace(seed=seed)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2] and draws[0].key == draws[1].key != draws[2].key
     for x in samples:
