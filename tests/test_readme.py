@@ -44,7 +44,7 @@ def test_every_choice_of_ours_is_in_the_table_and_no_other():
 @pytest.mark.parametrize("text", [README, RESEARCH], ids=["README", "research/README"])
 def test_every_command_is_understood(text, capsys):
     blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M))
-    program = r"(?:python|torchrun) [^;#\n]*?(?:(train|evaluate)\.py|-m (research\.\w+))([^;#\n]*)"
+    program = r"(?:python|torchrun) [^;#\n]*?(?:(train|evaluate)\.py|-m (research[.\w]+))([^;#\n]*)"
     found = re.findall(program, blocks)
     assert len(found) >= 5
     for script, module, arguments in found:

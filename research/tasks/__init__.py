@@ -36,9 +36,14 @@ from uncertainty import score_candidates, softmax_difference
 class TaskConfig(train.Config):
     method: str = option("ttsi", train.RUN, "base: direct answers; ttsi: adapt to the uncertain "
                          "samples; ttd: to pairs that --teacher wrote", "base", "ttsi", "ttd")
-    control: str = option("", train.RUN, "all: adapt to every sample; other: to the pair of another "
-                          "sample; icl: show the pair in the prompt, and train nothing",
+    control: str = option("", train.RUN, "all: adapt to every sample; other: to another sample's "
+                          "pair; icl: show the pair in the prompt, and train nothing",
                           "all", "other", "icl")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.control and self.method == "base":
+            raise ValueError(f"--control {self.control}: --method base adapts to nothing")
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def texts_in(item: dict, key: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-# --- What is asked, and what is written for a pair -----------------------------------------------------
+# --- What is asked, and what is written for a pair ------------------------------------------------
 
 def ask_for(system: str, x: Sample, ask: str) -> list[dict]:
     """The messages that ask for an answer: a system text, and x's last turn with what is asked."""
@@ -268,7 +273,7 @@ def program(argv: Sequence[str] | None, name: str, task: Task, read: Callable, c
     if config.bench:
         raise ValueError(f"--bench {config.bench}: a task's samples are given with --data FILE")
     if config.pair not in task.tries:
-        raise ValueError(f"--pair {config.pair}: this task writes a pair by {', '.join(task.tries)}")
+        raise ValueError(f"--pair {config.pair}: this task has only {', '.join(task.tries)}")
     config = train.fill_in(replace(config, bench=name))
     config = replace(config, data=config.data or "bundled")
     bundled = Path(__file__).parent / "samples" / f"{name}.json"

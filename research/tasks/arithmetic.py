@@ -5,10 +5,9 @@
 
 H chooses among the final numbers of --answers sampled answers: p_n is a number's share of them
 (self-consistency, Wang et al. 2023), l_n its logarithm. A pair is a new problem with a worked
-answer; it is kept where more than half of --answers sampled answers to the new problem end in one
-number. An answer is right if its last number is the gold's, as GSM8K is usually scored (Cobbe et
-al. 2021): "$1,234.50", "18." and "18.0" are numbers, so is what stands behind "####"; of a fraction
-"1/2" the last number is 2. FILE: {"question", "answer"} a line, GSM8K's own too.
+answer, kept where more than half of --answers sampled answers to the new problem end in one number.
+An answer is right if its last number is the gold's, as GSM8K (Cobbe et al. 2021) is usually scored:
+"$18.00", "18." and "#### 18" are 18, of "1/2" it is 2. FILE: {"question", "answer"} a line.
 """
 import math
 import re
@@ -33,8 +32,8 @@ ASK_PAIR = """Write two word problems that are solved by arithmetic. Both are of
 but the second is about other people, things and numbers."""
 FORM = Form("", (Blank("\n", "\n"),))
 LIMIT = 128             # of a problem, in tokens
-WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-NUMBER = re.compile(rf"(?:(?<![\w)])-\s?)?\$?(?:{WHOLE}(?:\.[0-9]+)?|\.[0-9]+)")
+WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
+NUMBER = re.compile(rf"(?:(?<![\w)])-)?\$?(?:(?:{WHOLE})(?:\.[0-9]+)?|\.[0-9]+)")
 NONE = "no number"
 
 
@@ -58,7 +57,7 @@ def final_number(text: str) -> str:
     found = NUMBER.findall(text.replace("\u2212", "-"))
     if not found:
         return NONE
-    number = re.sub(r"[$,\s]", "", found[-1])
+    number = re.sub("[$,]", "", found[-1])
     sign, whole, part = re.fullmatch(r"(-?)0*([0-9]*)(?:\.([0-9]*?)0*)?", number).groups()
     plain = (whole or "0") + (f".{part}" if part else "")
     return plain if plain == "0" else sign + plain
@@ -82,15 +81,13 @@ def try_problem(writer, samples: Samples, h: dict, attempt: int, config) -> list
     texts = written(writer, samples, ASK_PAIR, starts, [FORM] * len(samples), LIMIT, attempt,
                     config, prompt)
     for x, text in zip(samples, texts):
-        reason = "" if text.endswith("\n") else "the problem did not end"
-        if is_copy(text, h[x.id].request):
-            reason = "no new problem"
+        reason = "no new problem" if is_copy(text, h[x.id].request) else ""
         tries.append(Try(x, [text], text.strip(), "", reason))
     sound, prompts, keys = [made for made in tries if not made.reason], [], []
     for made in sound:
         prompts += [Prompt(prompt(with_request(made.sample, made.request)))] * config.answers
-        keys += [(config.seed, made.sample.id, "solution", attempt, i)
-                 for i in range(config.answers)]
+        for i in range(config.answers):
+            keys.append((config.seed, made.sample.id, "solution", attempt, i))
     solutions = iter(writer(prompts, config.max_new_tokens, config.temperature, config.top_p, keys)
                      if sound else [])
     for made in sound:
@@ -110,14 +107,13 @@ def verdict(text: str, x: Sample) -> Verdict:
     return Verdict(text, not reason, reason, {"number": float(said != NONE)})
 
 
-ARITHMETIC = SampledTask(prompt, no_actions, at_start, "", {"call": try_problem}, verdict,
-                         "".join, weigh)
+TASK = SampledTask(prompt, no_actions, at_start, "", {"call": try_problem}, verdict, "".join, weigh)
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
-    return program(argv, "arithmetic", ARITHMETIC, read, ArithmeticConfig, __doc__)
+    return program(argv, "arithmetic", TASK, read, ArithmeticConfig, __doc__)
 
 
 if __name__ == "__main__":

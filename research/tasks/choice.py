@@ -96,7 +96,7 @@ def fault(request: str, letter: str, x: Sample) -> str:
 
 def letter_of(text: str, x: Sample) -> str:
     """The letter that an answer says: of its beginning, or after "answer is"; "" if it has none."""
-    found = re.match(r"\W*([A-Z])\b", text) or re.search(r"answer\W+(?:is\W+)?([A-Z])\b", text)
+    found = re.match(r"\W*([A-Z])\b", text) or re.search(r"nswer\W+(?:is\W+)?([A-Z])\b", text)
     return found[1] if found and found[1] in letters(x) else ""
 
 
@@ -107,13 +107,13 @@ def verdict(text: str, x: Sample) -> Verdict:
     return Verdict(text, not reason, reason, {"letter": float(bool(said))})
 
 
-CHOICE = Task(prompt, letters, at_start, "", {"call": try_question}, verdict, "".join)
+TASK = Task(prompt, letters, at_start, "", {"call": try_question}, verdict, "".join)
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
-    return program(argv, "choice", CHOICE, read, ChoiceConfig, __doc__)
+    return program(argv, "choice", TASK, read, ChoiceConfig, __doc__)
 
 
 if __name__ == "__main__":

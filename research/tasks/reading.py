@@ -1,7 +1,4 @@
-"""Answer a question in the words of a text.
-
-    python -m research.tasks.reading                        # bundled samples and model
-    python -m research.tasks.reading --data FILE --model DIR --adapt suffix
+"""Answer a question in the words of a text: python -m research.tasks.reading --data FILE
 
 H chooses among --answers sampled answers and the greedy one, as whole texts with the end of the
 turn. A pair is a new question about the same text, with an answer that stands in it. An answer is
@@ -65,7 +62,7 @@ def weigh(agent, cache, last, direct: str, drawn: Sequence[str]) -> dict[str, fl
     return likelihoods(agent, cache, last, [direct, *drawn])
 
 
-def try_question(writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
+def try_pair(writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
     """A new question about the text and its answer: the second of two, x and its direct answer are
     the first."""
     starts, tries = [], []
@@ -75,8 +72,7 @@ def try_question(writer, samples: Samples, h: dict, attempt: int, config) -> lis
     texts = written(writer, samples, ASK_PAIR, starts, [FORM] * len(samples), LIMIT, attempt,
                     config, prompt)
     for x, text in zip(samples, texts):
-        question, _, answer = text.strip().partition("\nAnswer:")
-        question, answer = question.strip(), answer.strip().removesuffix(".")
+        question, _, answer = map(str.strip, text.rstrip(" .\n").partition("\nAnswer:"))
         tries.append(Try(x, [text], question, answer, fault(question, answer, x)))
     return tries
 
@@ -106,19 +102,18 @@ def f1(text: str, gold: str) -> float:
 
 def verdict(text: str, x: Sample) -> Verdict:
     """Exact match, and the F1 of the best gold answer."""
-    exact, best = normalised(text) in map(normalised, x.answers), max(f1(text, g) for g in x.answers)
-    reason = "" if exact else "wrong answer" if not best else "not exactly"
-    return Verdict(text, exact, reason, {"f1": best})
+    exact = normalised(text) in map(normalised, x.answers)
+    best = max(f1(text, gold) for gold in x.answers)
+    return Verdict(text, exact, "" if exact else "in part" if best else "wrong", {"f1": best})
 
 
-READING = SampledTask(prompt, no_actions, at_start, "", {"call": try_question}, verdict, " / ".join,
-                      weigh)
+TASK = SampledTask(prompt, no_actions, at_start, "", {"call": try_pair}, verdict, "; ".join, weigh)
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
-    return program(argv, "reading", READING, read, ReadingConfig, __doc__)
+    return program(argv, "reading", TASK, read, ReadingConfig, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ROUGE (Lin 2004) as the package rouge-score gives it without stemming: F, a sentence as a whole."""
+"""ROUGE (Lin 2004), as the package rouge-score gives it without stemming."""
 import re
 from collections import Counter
 

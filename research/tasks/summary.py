@@ -1,7 +1,4 @@
-"""Summarise a dialogue in a sentence or two.
-
-    python -m research.tasks.summary                        # bundled samples and model
-    python -m research.tasks.summary --data FILE --model DIR --adapt suffix
+"""Summarise a dialogue in a sentence or two: python -m research.tasks.summary --data FILE
 
 H chooses among --answers sampled summaries: l_n is the mean log-probability of a summary's tokens,
 the end of the turn included. A pair is a new dialogue of as many turns (six at most) between the
@@ -45,12 +42,10 @@ class SummaryConfig(SampledConfig):
 
 def read(item: dict) -> list[Sample]:
     """A sample of an item, in either form; ValueError says what is wrong with it."""
-    document, numbered = text_in(item, "document", "dialogue"), ("summary", *sorted(
-        key for key in item if re.fullmatch("summary[0-9]+", key)))
-    golds = tuple(text_in(item, key) for key in numbered if key in item)
-    golds = golds or texts_in(item, "summaries")
-    id = str(item.get("id", item.get("fname", "")))
-    return [Sample(id, ({"role": "user", "content": document},), (), golds)]
+    document, id = text_in(item, "document", "dialogue"), item.get("id", item.get("fname", ""))
+    numbered = [key for key in item if re.fullmatch("summary[0-9]*", key)]
+    golds = tuple(text_in(item, key) for key in numbered) or texts_in(item, "summaries")
+    return [Sample(str(id), ({"role": "user", "content": document},), (), golds)]
 
 
 def prompt(x: Sample) -> list[dict]:
@@ -64,7 +59,7 @@ def weigh(agent, cache, last, direct: str, drawn: Sequence[str]) -> dict[str, fl
     return {text: l / (len(agent.tokenizer.encode(text)) + 1) for text, l in sums.items()}
 
 
-def try_dialogue(writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
+def try_pair(writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
     """A new dialogue and its summary: the second of two, x and its direct answer are the first. Its
     speakers' names are given, in x's order."""
     starts, forms, tries = [], [], []
@@ -76,15 +71,14 @@ def try_dialogue(writer, samples: Samples, h: dict, attempt: int, config) -> lis
         forms.append(Form(first, (*[Blank("\n", tail) for tail in tails], Blank("\n", "\n"))))
     texts = written(writer, samples, ASK_PAIR, starts, forms, LIMIT, attempt, config, prompt)
     for x, text in zip(samples, texts):
-        dialogue, _, summary = text.strip().partition("\nSummary:")
-        dialogue, summary = dialogue.strip(), summary.strip()
+        dialogue, _, summary = map(str.strip, text.partition("\nSummary:"))
         tries.append(Try(x, [text], dialogue, summary, fault(dialogue, summary, x)))
     return tries
 
 
 def fault(dialogue: str, summary: str, x: Sample) -> str:
     """Why a written dialogue and its summary are rejected; "" if they are kept."""
-    turns = [line.partition(":")[2] or line for line in dialogue.split("\n")]
+    turns = [line.rpartition(":")[2] for line in dialogue.split("\n")]
     own = x.messages[-1]["content"]
     if not all(map(str.strip, turns)):
         return "an empty turn"
@@ -113,14 +107,13 @@ def judged(record: Record) -> Record:
     return replace(record, base=base, answer=answer)
 
 
-SUMMARY = SampledTask(prompt, no_actions, at_start, "", {"call": try_dialogue}, verdict, "\n".join,
-                      weigh)
+TASK = SampledTask(prompt, no_actions, at_start, "", {"call": try_pair}, verdict, "\n".join, weigh)
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
-    return program(argv, "summary", SUMMARY, read, SummaryConfig, __doc__, judged, RIGHT)
+    return program(argv, "summary", TASK, read, SummaryConfig, __doc__, judged, RIGHT)
 
 
 if __name__ == "__main__":
