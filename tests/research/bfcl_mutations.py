@@ -35,7 +35,7 @@ def published_checker() -> tuple[Callable, Path]:
     return check, Path(found.submodule_search_locations[0]) / "data"
 
 
-# --- The gold calls, with the first of each argument's accepted values ------------------------------
+# --- The gold calls, with the first of each argument's accepted values ----------------------------
 
 def first_calls(x: Sample) -> list[Call]:
     """The gold calls with the first accepted values; an argument that may be left out is, if
@@ -55,7 +55,7 @@ def first_value(value: object) -> object:
     return [first_value(each) for each in value] if isinstance(value, list) else value
 
 
-# --- Mutations: (calls, sample, random) -> changed calls, or None where it does not apply ------------
+# --- Mutations: (calls, sample, random) -> changed calls, or None where it does not apply ---------
 
 def one(r: Random, calls: list[Call], kinds: tuple = (object,)) -> tuple[Call, str] | None:
     """One of the arguments with a value of these kinds."""
