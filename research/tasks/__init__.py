@@ -36,8 +36,8 @@ from uncertainty import score_candidates, softmax_difference
 class TaskConfig(train.Config):
     method: str = option("ttsi", train.RUN, "base: direct answers; ttsi: adapt to the uncertain "
                          "samples; ttd: to pairs that --teacher wrote", "base", "ttsi", "ttd")
-    control: str = option("", train.RUN, "all: adapt to every sample; other: to the pair of another "
-                          "sample; icl: show the pair in the prompt, and train nothing",
+    control: str = option("", train.RUN, "all: adapt to every sample; other: to another sample's "
+                          "pair; icl: show the pair in the prompt, and train nothing",
                           "all", "other", "icl")
 
 
@@ -91,6 +91,14 @@ def text_in(item: dict, *keys: str) -> str:
     raise ValueError(f"has no {' and no '.join(map(repr, keys))}")
 
 
+def items_in(item: dict, key: str) -> list[dict]:
+    """The list of objects under a key; ValueError if it is none."""
+    items = item.get(key)
+    if not isinstance(items, list) or not all(isinstance(each, dict) for each in items):
+        raise ValueError(f"{key!r} is not a list of objects")
+    return items
+
+
 def texts_in(item: dict, key: str) -> tuple[str, ...]:
     """The list of texts under a key; ValueError if it is none, or empty."""
     texts = item.get(key)
@@ -99,7 +107,13 @@ def texts_in(item: dict, key: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-# --- G: what is written for a pair ----------------------------------------------------------------
+# --- What is asked, and what is written for a pair ------------------------------------------------
+
+def ask_for(system: str, x: Sample, ask: str) -> list[dict]:
+    """The messages that ask for an answer: a system text, and x's last turn with what is asked."""
+    return [{"role": "system", "content": system},
+            {"role": "user", "content": x.messages[-1]["content"] + ask}]
+
 
 def written(writer: Writer, samples: Samples, ask: str, starts: Sequence[str],
             forms: Sequence[Form], limit: int, attempt: int, config: train.Config,
@@ -254,7 +268,7 @@ def program(argv: Sequence[str] | None, name: str, task: Task, read: Callable, c
     if config.bench:
         raise ValueError(f"--bench {config.bench}: a task's samples are given with --data FILE")
     if config.pair not in task.tries:
-        raise ValueError(f"--pair {config.pair}: this task writes a pair by {', '.join(task.tries)}")
+        raise ValueError(f"--pair {config.pair}: this task has only {', '.join(task.tries)}")
     config = train.fill_in(replace(config, bench=name))
     config = replace(config, data=config.data or "bundled")
     bundled = Path(__file__).parent / "samples" / f"{name}.json"

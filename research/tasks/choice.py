@@ -4,10 +4,9 @@
     python -m research.tasks.choice --data FILE --model DIR --adapt suffix
 
 H chooses among the options' letters. A pair is a new question with as many options, and a letter.
-An answer is right if the letter that it begins with, or that it says after "answer", is the gold's,
-which is the accuracy of CommonsenseQA (Talmor et al. 2019). FILE: {"question", "choices": {"A":
-...}, "answer": "A"} a line, or CommonsenseQA's own lines. The task has one measure of its own,
-`letter`: whether there is a letter of an option at all.
+An answer is right if the letter that it begins with, or that it says after "answer", is the gold's:
+the accuracy of CommonsenseQA (Talmor et al. 2019). `letter`: it says one at all. FILE: {"question",
+"choices": {"A": ...}, "answer": "A"} a line, or CommonsenseQA's own lines.
 """
 import re
 import sys
@@ -108,17 +107,13 @@ def verdict(text: str, x: Sample) -> Verdict:
     return Verdict(text, not reason, reason, {"letter": float(bool(said))})
 
 
-def gold(answers: tuple) -> str:
-    return "".join(answers)
-
-
-CHOICE = Task(prompt, letters, at_start, "", {"call": try_question}, verdict, gold)
+TASK = Task(prompt, letters, at_start, "", {"call": try_question}, verdict, "".join)
 
 
 @train.exit_codes
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
-    return program(argv, "choice", CHOICE, read, ChoiceConfig, __doc__)
+    return program(argv, "choice", TASK, read, ChoiceConfig, __doc__)
 
 
 if __name__ == "__main__":
