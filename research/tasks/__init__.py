@@ -266,9 +266,10 @@ def other_samples(samples: Samples, config: TaskConfig) -> Lines:
 def program(argv: Sequence[str] | None, name: str, task: Task, read: Callable, config: type,
             text: str, change: Callable[[Record], Record] | None = None, right: str = "",
             load: Callable = read_samples) -> int:
-    """The program of a task; gives its exit code. read: as of `read_samples`; config: a subclass of
-    TaskConfig; change: maps a record to the one that is written; right: what `exact` means, if it
-    is not plain. Beside train.py's table it prints the means of the task's own measures."""
+    """The program of a task; gives its exit code. read: as of `read_samples`, or as of `load` in
+    its place; config: a subclass of TaskConfig; change: maps a record to the one that is written;
+    right: what `exact` means, if it is not plain. Beside train.py's table it prints the means of
+    the task's own measures."""
     config = train.parse_args(argv, config, text)
     if config.bench:
         raise ValueError(f"--bench {config.bench}: a task's samples are given with --data FILE")

@@ -46,7 +46,7 @@ def read(item: dict, golds: dict) -> list[Sample]:
     if not isinstance(functions, list) or not all([isinstance(each, dict) for each in functions]):
         raise ValueError("'function' is not a list of objects")
     if not isinstance(gold, list) or not gold:
-        raise ValueError("no 'ground_truth', nor one by its id in the folder possible_answer beside")
+        raise ValueError("no 'ground_truth', and none with its id in possible_answer/ beside")
     typed = [{**each, "parameters": json_schema(each.get("parameters"))} for each in functions]
     tools, answers = read_tools(typed), []
     for each in gold:

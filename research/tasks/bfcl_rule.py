@@ -1,4 +1,4 @@
-"""When is an answer right by the Berkeley Function Calling Leaderboard (BFCL v4, Patil et al. 2025)?
+"""When is an answer right by the Berkeley Function Calling Leaderboard (v4, Patil et al. 2025)?
 
 As many calls as gold calls, in any order. A gold call has for each argument the values that are
 accepted, of which "" says that it may be left out; what stands in an object has such lists, too. A
@@ -31,7 +31,8 @@ def verdict(text: str, x: Sample) -> Verdict:
     could be read), `name_correct` (the functions are right), `loose` (right if texts lose their
     punctuation, as in the published checker)."""
     calls = parse_calls(text).calls
-    names, golds = Counter([call.name for call in calls]), Counter([call.name for call in x.answers])
+    names = Counter([call.name for call in calls])
+    golds = Counter([gold.name for gold in x.answers])
     reason = difference(calls, x, plain) if calls else "unparsable"
     loose = bool(calls) and not difference(calls, x, without_punctuation)
     return Verdict(text, not reason, reason, {

@@ -35,7 +35,7 @@ def published_checker() -> tuple[Callable, Path]:
     return check, Path(found.submodule_search_locations[0]) / "data"
 
 
-# --- The gold calls, with the first of each argument's accepted values ------------------------------
+# --- The gold calls, with the first of each argument's accepted values ----------------------------
 
 def first_calls(x: Sample) -> list[Call]:
     """The gold calls with the first accepted values; an argument that may be left out is, if
@@ -55,7 +55,7 @@ def first_value(value: object) -> object:
     return [first_value(each) for each in value] if isinstance(value, list) else value
 
 
-# --- Mutations: (calls, sample, random) -> changed calls, or None where it does not apply ------------
+# --- Mutations: (calls, sample, random) -> changed calls, or None where it does not apply ---------
 
 def one(r: Random, calls: list[Call], kinds: tuple = (object,)) -> tuple[Call, str] | None:
     """One of the arguments with a value of these kinds."""
@@ -91,7 +91,11 @@ MUTATIONS: list[Callable] = []
 @of_calls
 def drop_an_argument(calls, x, r):
     found = one(r, calls)
-    return found and (found[0].arguments.pop(found[1]), calls)[1]
+    if not found:
+        return None
+    call, name = found
+    del call.arguments[name]
+    return calls
 
 
 @of_calls
@@ -104,19 +108,18 @@ def add_an_argument(calls, x, r):
 
 @of_calls
 def give_what_may_be_left_out(calls, x, r):
-    there = [(call, name, values) for call, gold in zip(calls, x.answers)
-             for name, values in gold.arguments.items() if "" in values]
-    if not there:
-        return None
-    call, name, values = r.choice(there)
-    call.arguments[name] = first_value(r.choice(values))
-    return calls
+    return with_an_accepted_value(calls, x, r, lambda values: "" in values)
 
 
 @of_calls
 def take_another_accepted_value(calls, x, r):
+    return with_an_accepted_value(calls, x, r, lambda values: len(values) > 1)
+
+
+def with_an_accepted_value(calls, x, r, applies):
+    """The calls where one of the arguments to which this applies has any of its accepted values."""
     there = [(call, name, values) for call, gold in zip(calls, x.answers)
-             for name, values in gold.arguments.items() if len(values) > 1]
+             for name, values in gold.arguments.items() if applies(values)]
     if not there:
         return None
     call, name, values = r.choice(there)

@@ -55,10 +55,14 @@ METERS = [{"long": [2.0], "unit": ["m", "meter", ""]}]
     (INT, ["n - 1"], ["n-1"], [1]),                         # a variable where a number is declared
     (ANY, [5, "five"], [5, "Five"], [5.0]),
     (FLOATS, [[5.0, 3.0]], [[5, 3], [5.0, 3]], [[3, 5], [5], [5, 3, 3], 5, ["5", "3"]]),
+    (FLOATS, [[5, 3]], [[5.0, 3]], []),
     (FLOATS, [[5.0], ""], [[5.0], []], ["", 0]),
     (TEXTS, [["A", "b"], ["c"]], [["a", "B"], ["C"]], [["b", "a"], "a"]),
     (SIZE, METERS, [{"long": 2}, {"long": 2.0, "unit": "M"}, {"unit": "meter", "long": 2}],
      [{"unit": "m"}, {"long": 2, "unit": "km"}, {"long": 2, "wide": 1}, {"long": "2"}, [2]]),
+    (SIZE, [{"long": [2]}], [{"long": 2.0}], []),
+    ({"type": "dict"}, [{"long": [2.0], "high": [1]}], [{"long": 2, "high": 1}],
+     [{"long": 2, "high": 1.0}]),                           # of no declared type: as the gold's
     (SIZES, [[METERS[0], METERS[0]]], [[{"long": 2}, {"long": 2, "unit": "m"}]], [[{"long": 2}]]),
     (SIZE, [{"inner": [{"long": 2.5}]}], [{"inner": {"long": 2.5}}], [{"inner": {"long": [2.5]}}]),
 ])
@@ -70,7 +74,8 @@ def test_an_argument_is_right_if_it_is_an_accepted_value(schema, accepted, right
 
 
 @pytest.mark.parametrize("accepted, given", [
-    ("1.5", "15"), ("x-1", "x1"), ("2/1", "2*1"), ("", "."), ("a_b", "ab"), ("New York", "NewYork")])
+    ("1.5", "15"), ("x-1", "x1"), ("2/1", "2*1"), ("", "."), ("", ","),
+    ("a_b", "ab"), ("To day", "Today")])
 def test_texts_keep_their_punctuation_and_loose_tells_what_is_right_without(accepted, given):
     assert judged(row(TEXT, [accepted]), {"x": given}) == (False, True, "wrong value: x")
 
@@ -96,6 +101,11 @@ def test_calls_are_matched_one_to_one_in_any_order():
     x, = bfcl.read(item, {})
     other = verdict(call_text([Call("g", {"x": 3}), Call("f", {"x": 1}), Call("f", {"x": 2})]), x)
     assert other.reason == "wrong name: g for f" and other.measures["name_correct"] == 0
+    item["function"].append({**item["function"][0], "name": "g"})
+    item["ground_truth"] = [{"f": {"x": [1]}}, {"g": {"x": [1]}}]
+    x, = bfcl.read(item, {})
+    swapped = verdict(call_text([Call("g", {"x": 2}), Call("f", {"x": 2})]), x)
+    assert swapped.reason == "wrong value: x" and swapped.measures["name_correct"] == 1
     assert verdict("Sorry.", x).reason == "unparsable" and not verdict("Sorry.", x).exact
 
 
@@ -132,7 +142,7 @@ def test_gold_calls_are_read_from_the_line_or_from_beside(tmp_path):
     ({"question": [[], []]}, "'question' is not one turn"),
     ({"question": [[]]}, "the query is empty"),
     ({"function": {}}, "'function' is not a list"),
-    ({"ground_truth": None}, "no 'ground_truth', nor one by its id"),
+    ({"ground_truth": None}, "no 'ground_truth', and none with its id"),
     ({"ground_truth": [{"g": {}}]}, "gold call 'g': no such function"),
     ({"ground_truth": [{"f": {"x": 1}}]}, "gold call 'f': no such function, or no lists of values"),
     ({"ground_truth": [7]}, "gold call ''"),
