@@ -1,7 +1,7 @@
 """A run to look through: one HTML file that opens in a browser without a server or a network.
 
     python -m research.page RUN --out page.html
-    python -m research.page RUN RUN --out page.html         # two runs of the same samples, side by side
+    python -m research.page RUN RUN --out page.html     # two runs of the same samples, side by side
 
 It holds the table of runs and the story of each sample, to be searched, filtered and sorted, from
 what the run folders hold. The page itself is page.html beside this file. What models and data have
@@ -46,9 +46,10 @@ def row(run: Run) -> dict:
     """What the page tells of a run: its line of the table, and the notes below that."""
     s, n = summarise(run.records), len(run.records)
     base, after = s.get("base_accuracy"), s.get("answer_accuracy")
+    seconds = sum(s["seconds"].values()) / max(n, 1)
     cells = {"samples": n, "uncertain": s["uncertain"], "adapted": s["adapted"],
              "no pair": s["no_pair"], "base": "–", "after": "–", "gain": "–", "fixed": s["fixed"],
-             "harmed": s["harmed"], "s/sample": f"{sum(s['seconds'].values()) / max(n, 1):.2f}"}
+             "harmed": s["harmed"], "s/sample": f"{seconds:.2f}"}
     if base is not None:
         cells |= {"base": f"{100 * base:.1f}", "after": f"{100 * after:.1f}",
                   "gain": f"{100 * (after - base):+.1f}"}

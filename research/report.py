@@ -23,9 +23,9 @@ import numpy as np
 from scipy.stats import binomtest, norm, permutation_test
 
 from data.calls import Call, parse_calls
-from data.runs import Record, Run, read_runs
+from data.runs import Record, Run
 from evaluate import printable
-from research.scores import interval, meaning, show
+from research.scores import interval, meaning, scored_runs, show
 from train import exit_codes
 
 # --- Statistics: a gain is (S seeds, n samples) of -1, 0 or 1 -------------------------------------
@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    show(tables(grouped(read_runs(parser.parse_args(argv).runs))))
+    show(tables(grouped(scored_runs(parser.parse_args(argv).runs))))
     return 0
 
 

@@ -19,8 +19,8 @@ from evaluate import printable
 from research.page import PAGE, main, page
 
 GOLD = '{"name": "lamp_on", "arguments": {"room": "hall"}}'
-EVIL = ('</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1"><!-- &lt; '
-        "\x1b[2J\x00\u202e\ud800 ${1} ")
+EVIL = ('</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1"><!-- '
+        "&lt; \x1b[2J\x00\u202e\ud800 ${1} ")
 LONG = (EVIL + "word ") * 170                       # of more than 20,000 characters
 
 
@@ -36,8 +36,8 @@ def record(id: str, before: bool, after: bool, outcome: str = "adapted", **chang
         base=verdict(before), answer=verdict(after),
         pairs=[{"request": "Lamp in the attic", "text": "y of the attic", "read_back": True}],
         rejected=[{"text": "a bad try", "reason": "unknown argument: y"}], losses=[2.0, 0.5, 0.25],
-        norms=[9.0, 2.0, 1.0], seconds={"H": 1.0, "T": 0.5}, gold=GOLD, log_p=[], entropy=[], ids=[],
-        prompt_tokens=2345)
+        norms=[9.0, 2.0, 1.0], seconds={"H": 1.0, "T": 0.5}, gold=GOLD, log_p=[], entropy=[],
+        ids=[], prompt_tokens=2345)
     return replace(made, **changes)
 
 
@@ -74,8 +74,8 @@ class Browser:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
+        self.driver = subprocess.Popen(["chromedriver", f"--port={port}"],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
         while True:
             try:
@@ -155,8 +155,8 @@ def test_a_sample_is_found_by_a_filter_and_opened_and_its_story_is_whole(browser
     browser.click("#samples a")
     told = browser.text("#told")
     for part in ("Lamp in the hall, please (a)", "u = 0.700", "τ = 0.95", "uncertain", "lamp_0",
-                 "Lamp in the attic", "y of the attic", "read back", "1 rejected try", "2.000", "0.250",
-                 "wrong value: room", "Gold answer", GOLD, "2,345 prompt tokens", "T 0.50 s"):
+                 "Lamp in the attic", "y of the attic", "read back", "1 rejected try", "2.000",
+                 "0.250", "wrong value: room", "Gold answer", GOLD, "2,345 prompt tokens", "T 0.50"):
         assert part in told, part
     assert (browser.texts("#told del"), browser.texts("#told ins")) == (["den"], ["hall"])
     assert "4 less likely" not in told and "6 less likely" in told
