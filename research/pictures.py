@@ -3,7 +3,8 @@
     python -m research.pictures RUN... --into plots
 
 It reads run folders and writes seven PNG files, of each run into a folder of its own; one sample at
-a time is told by research/page.py. The pictures that tell something stand in research/RESULTS.md, "Which uncertainty?".
+a time is told by research/page.py. The pictures that tell something stand in research/RESULTS.md,
+"Which uncertainty?".
 """
 import argparse
 import sys

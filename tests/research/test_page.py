@@ -156,7 +156,7 @@ def test_a_sample_is_found_by_a_filter_and_opened_and_its_story_is_whole(browser
     told = browser.text("#told")
     for part in ("Lamp in the hall, please (a)", "u = 0.700", "τ = 0.95", "uncertain", "lamp_0",
                  "Lamp in the attic", "y of the attic", "read back", "1 rejected try", "2.000",
-                 "0.250", "wrong value: room", "Gold answer", GOLD, "2,345 prompt tokens", "T 0.50"):
+                 "0.250", "wrong value: room", "Gold answer", GOLD, "2,345 prompt tokens"):
         assert part in told, part
     assert (browser.texts("#told del"), browser.texts("#told ins")) == (["den"], ["hall"])
     assert "4 less likely" not in told and "6 less likely" in told
