@@ -265,11 +265,10 @@ def difference(one: Run, other: Run, which: str) -> str:
         b = theirs.pop(a.id, None)
         alone += b is None
         if b and (is_in(a, which) or is_in(b, which)):
-            parts = {"request": a.request != b.request, "gold": a.gold != b.gold,
-                     "margin": a.margin != b.margin, "pair": a.pairs != b.pairs,
-                     "before": a.base != b.base, "after": a.answer != b.answer}
-            if named := [part for part, differs in parts.items() if differs]:
-                lines += [f"{a.id}: {', '.join(named)}", f"  1  {in_words(a)}", f"  2  {in_words(b)}"]
+            parts = ("request", "gold", "margin", "pairs", "base", "answer")
+            named = ", ".join([part for part in parts if getattr(a, part) != getattr(b, part)])
+            if named:
+                lines += [f"{a.id}: {named}", f"  1  {in_words(a)}", f"  2  {in_words(b)}"]
     lines += [f"1 = {one.folder}, 2 = {other.folder}: {which}: {len(lines) // 3} samples differ; "
               f"in one run alone: {alone + len(theirs)}"]
     return "\n".join([printable(line.replace("\n", " ")) for line in lines])
@@ -279,8 +278,7 @@ def stages_table(stages: Sequence[KeptStage]) -> str:
     """The kept lines: their size, and the runs that read them."""
     lines, total = [], sum([each.size for each in stages])
     for each in stages:
-        who = [run.name for run in each.readers]
-        read = ", ".join(who[:2]) + f" and {len(who) - 2} more" * (len(who) > 2) or "no run"
+        read = ", ".join([run.name for run in each.readers]) or "no run"
         read = read if each.key else "torn: no key tells what it is of"
         lines.append(f"{each.size / 1e3:10,.1f} kB  {each.name}  {read}")
     return printable("\n".join([*lines, f"{total / 1e3:10,.1f} kB in all"]))

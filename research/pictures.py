@@ -1,9 +1,10 @@
-"""What does a run look like? Four pictures: who is sure, who is right, what adapting gains.
+"""What does a run look like? Who is sure, who is right, what adapting gains, learns and costs.
 
     python -m research.pictures RUN... --into plots
 
-It reads run folders and writes PNG files, of each run into a folder of its own. The pictures that
-tell something stand in research/RESULTS.md, "Which uncertainty?".
+It reads run folders and writes seven PNG files, of each run into a folder of its own; one sample at
+a time is told by research/page.py. The pictures that tell something stand in research/RESULTS.md,
+"Which uncertainty?".
 """
 import argparse
 import sys
@@ -20,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.special import softmax
 
-from data.runs import Run
+from data.runs import Record, Run
 from research.scores import (areas, assessed_runs, choices, cross_fitted, cumulative, reliability,
                              risk_coverage, scores_of_run, wrong_and_gain)
 from train import exit_codes
@@ -80,10 +81,75 @@ def draw_gain_budget(axes, run: Run) -> None:
     axes.set(xlabel="share of the samples adapted, %", ylabel="gain in points")
 
 
+def draw_margin_nll(axes, run: Run) -> None:
+    """Each sample by its margin and by the direct answer's -log P, and what adapting did to it."""
+    nll = scores_of_run(run)["answer_nll"]
+    kinds = {"right": ("o", {"s": 14, "color": LIGHT}),
+             "wrong": ("o", {"s": 14, "facecolors": "none", "edgecolors": GREY}),
+             "fixed": ("^", {"s": 44, "color": BLACK}),
+             "harmed": ("x", {"s": 44, "color": BLACK})}
+    for name, (marker, style) in kinds.items():
+        at = [i for i, r in enumerate(run.records) if name == became(r)]
+        axes.scatter([run.records[i].margin for i in at], nll[at], marker=marker, **style,
+                     label=f"{name}: {len(at)}")
+    axes.axvline(run.config["tau"], color=GREY, linestyle="--", linewidth=0.8, label="tau")
+    axes.set(xlabel="margin u", ylabel="answer_nll, nats")
+
+
+def became(record: Record) -> str:
+    """What came of a sample: fixed, harmed, or right or wrong as before."""
+    before, after = record.base.exact, record.answer.exact
+    if before == after:
+        return "right" if after else "wrong"
+    return "fixed" if after else "harmed"
+
+
+def draw_seconds(axes, run: Run) -> None:
+    """The seconds of each step of the method, a dot a sample, and their share of the whole run."""
+    steps = list(dict.fromkeys([step for r in run.records for step in r.seconds]))
+    total = sum([sum(r.seconds.values()) for r in run.records])
+    for at, step in enumerate(steps):
+        seconds = np.array([r.seconds[step] for r in run.records if step in r.seconds])
+        spread = at + np.linspace(-0.3, 0.3, len(seconds))          # in the samples' order
+        axes.plot(spread, seconds, "o", markersize=3, color=GREY, alpha=0.6)
+        axes.hlines(np.median(seconds), at - 0.35, at + 0.35, color=BLACK,
+                    label="median" if at == 0 else None)
+    names = []
+    for step in steps:
+        own = [r.seconds[step] for r in run.records if step in r.seconds]
+        names.append(f"{step}\nn = {len(own)}\n{sum(own) / max(total, 1e-9):.0%} of all seconds")
+    axes.set_xticks(range(len(steps)), names)
+    axes.set(ylabel="seconds of a sample", ylim=(0, None))
+
+
+def draw_losses(axes, run: Run) -> None:
+    """The losses of all adaptations, step by step, and their median where all have that step."""
+    curves = [(r.losses, became(r)) for r in run.records if r.losses]
+    styles = {"fixed": (BLACK, "-"), "harmed": (BLACK, ":")}
+    seen = set()
+    for losses, kind in sorted(curves, key=lambda curve: curve[1] in styles):
+        color, line = styles.get(kind, (LIGHT, "-"))
+        label = kind if kind in styles else "right or wrong as before"
+        axes.plot(range(1, len(losses) + 1), losses, line, color=color, linewidth=0.9,
+                  label=None if label in seen else label)
+        seen.add(label)
+    shortest = min([len(losses) for losses, _ in curves], default=0)
+    if shortest:
+        median = np.median([losses[:shortest] for losses, _ in curves], axis=0)
+        axes.plot(range(1, shortest + 1), median, "--", color=GREY, linewidth=2.5,
+                  label=f"median of {len(curves)}")
+        axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="step", ylabel="loss on the pairs, nats a token")
+
+
 PICTURES = {"reliability": (draw_reliability, "Is p(1) the probability of being right?"),
             "risk_coverage": (draw_risk_coverage, "Errors among the surest"),
             "margin": (draw_margin, "The margin of right and wrong direct answers"),
-            "gain_budget": (draw_gain_budget, "What adapting the least sure gains")}
+            "gain_budget": (draw_gain_budget, "What adapting the least sure gains"),
+            "margin_nll": (draw_margin_nll, "Two scores, and what adapting changed"),
+            "seconds": (draw_seconds, "What each step costs"),
+            "losses": (draw_losses, "What adapting learns")}
 
 
 @exit_codes
@@ -100,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
             axes.set_title(f"{title}\n{run.folder.name}, n = {len(run.records)}")
             draw(axes, run)
-            axes.legend(fontsize=8)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=8)
             figure.savefig(into / f"{name}.png", dpi=120)
             plt.close(figure)
             print(into / f"{name}.png")

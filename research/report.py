@@ -29,10 +29,10 @@ from scipy.stats import binomtest, norm, permutation_test
 import data
 from data import Sample
 from data.calls import Call, call_keys, items_of, parse_calls, type_of
-from data.runs import Record, Run, Verdict, digest, read_runs
+from data.runs import Record, Run, Verdict, digest
 from evaluate import printable
 from research.benchmarks import numbered, unknown
-from research.scores import interval, meaning, show
+from research.scores import interval, meaning, scored_runs, show
 from train import exit_codes
 
 # --- Statistics: a gain is (S seeds, n samples) of -1, 0 or 1 -------------------------------------
@@ -449,7 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draw", default="dialogues", choices=[*DRAWS],
                         help="what bootstrap and sign flips draw (default: dialogues)")
     args = parser.parse_args(argv)
-    show(tables(grouped(read_runs(args.runs)), args.draw))
+    show(tables(grouped(scored_runs(args.runs)), args.draw))
     return 0
 
 

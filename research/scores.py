@@ -353,11 +353,25 @@ def tables(run: Run) -> dict[str, list[dict]]:
         f"Qini is {area}, in points over a random gate": judge_gate(run, scores[gate])}
 
 
+def scored_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs, without the samples that have no gold answer; it says how many they are. A run of
+    nothing else, as of a request of one's own, is left out."""
+    found = []
+    for run in read_runs(folders):
+        there = [record for record in run.records if record.answer.exact is not None]
+        if len(there) < len(run.records):
+            print(f"{printable(run.folder.name)}: {len(run.records) - len(there)} of "
+                  f"{len(run.records)} samples have no gold answer; they are left out.\n")
+        if there or not run.records:
+            found.append(replace(run, records=there))
+    return found
+
+
 def assessed_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs with records, without those whose H failed: these have no margin. It says how many
     they are."""
     found = []
-    for run in read_runs(folders):
+    for run in scored_runs(folders):
         there = [record for record in run.records if record.margin is not None]
         if len(there) < len(run.records):
             print(f"{printable(run.folder.name)}: H failed for {len(run.records) - len(there)} of "

@@ -262,9 +262,9 @@ def test_of_two_runs_is_told_what_differs_sample_by_sample():
               replace(RECORDS[3], answer=RIGHT), replace(RECORDS[4], seconds={}), record("f", 0, 1)]
     one, other = Run(Path("one"), CONFIG, RECORDS), Run(Path("other"), CONFIG, others)
     assert difference(one, other, "all").splitlines() == [
-        "b: margin, pair", "  1  adapted   u 0.500  right -> wrong  wrong name: g for f",
+        "b: margin, pairs", "  1  adapted   u 0.500  right -> wrong  wrong name: g for f",
         "  2  adapted   u 0.250  right -> wrong  wrong name: g for f",
-        "d: after", "  1  no pair   u 0.500  wrong -> wrong  wrong name: g for f",
+        "d: answer", "  1  no pair   u 0.500  wrong -> wrong  wrong name: g for f",
         "  2  no pair   u 0.500  wrong -> right  wrong name: g for f",
         "1 = one, 2 = other: all: 2 samples differ; in one run alone: 2"]
     assert [line[0] for line in difference(one, other, "fixed").splitlines()] == list("d  1")

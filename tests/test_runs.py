@@ -714,7 +714,7 @@ def test_in_a_thread_as_of_a_notebook_a_program_runs_too(tmp_path):
     assert codes == [0] and len(found(tmp_path)) == 1
 
 
-# ---------------------------------------------------------------------------- adapters that are kept
+# -------------------------------------------------------------------------- adapters that are kept
 
 def adapters_of(folder: Path) -> dict[str, int]:
     """The adapters in the run folder -> when their weights were written."""
@@ -782,7 +782,7 @@ def test_an_id_names_its_adapters_folder_where_it_can(tmp_path, id, name):
     assert all(folder.parent == tmp_path / "adapters" for folder in folders)
 
 
-# -------------------------------------------------------------- what is kept, and who still reads it
+# ------------------------------------------------------------ what is kept, and who still reads it
 
 def read_by(folder: Path) -> dict[str, list[str]]:
     """stage -> the names of the runs that read its kept lines, those of each key sorted."""

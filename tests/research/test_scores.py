@@ -159,3 +159,14 @@ def test_those_whose_h_failed_are_left_out_and_counted(tmp_path, capsys, monkeyp
     assert said.startswith("some: H failed for 1 of 7 samples")
     assert rest.replace("some:", "none:") == printed["none"]
     assert printed["lost"].strip() == "lost: H failed for 1 of 1 samples; they are left out."
+
+
+def test_samples_without_a_gold_answer_are_left_out_and_counted(tmp_path, capsys):
+    bare = replace(verdict(True), exact=None)
+    asked = [replace(record("a", True, True), base=bare, answer=bare)]
+    for name, records in {"asked": asked, "some": [*asked, record("b", False, True)]}.items():
+        write_run(Run(tmp_path / name, {}, records), {})
+    run, = scores.scored_runs([tmp_path / "asked", tmp_path / "some"])
+    assert run.folder.name == "some" and [r.id for r in run.records] == ["b"]
+    said = capsys.readouterr().out
+    assert "asked: 1 of 1 samples have no gold answer" in said and "some: 1 of 2" in said
