@@ -1,6 +1,6 @@
 """What does a benchmark give away, and what can nobody know of it? Rules, without a model.
 
-    python -m research.benchmarks --data HALF                       # the table, of all that is there
+    python -m research.benchmarks --data HALF                       # the table, of all files
     python -m research.benchmarks --data HALF --bench sealtool --list value     # what a rule found
     python -m research.benchmarks --data FILE --write               # for the notes under a run's table
 
