@@ -1,13 +1,13 @@
 """What does a benchmark give away, and what can nobody know of it? Rules, without a model.
 
-    python -m research.benchmarks --data HALF                       # the table, of all that is there
+    python -m research.benchmarks --data HALF                       # the table, of all files
     python -m research.benchmarks --data HALF --bench sealtool --list value     # what a rule found
-    python -m research.benchmarks --data FILE --write               # for the notes under a run's table
+    python -m research.benchmarks --data FILE --write       # for the notes under a run's table
 
-Each rule is a function here, and its docstring is the rule. What a rule found was read by hand for
-the samples in benchmarks.json: there stands, by a digest of the sample, whether its gold calls can
-be known nevertheless, and why. The answer stands in research/RESULTS.md, "What the benchmarks give
-away".
+Each rule is a function, and its docstring is the rule. What a rule found was read by hand for the
+samples in benchmarks.json: there stands, by a digest of the sample, whether its gold calls can be
+known nevertheless, and why. The answer stands in research/RESULTS.md, "What the benchmarks give
+away, and what nobody can know".
 """
 import argparse
 import contextlib
@@ -328,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             samples = data.load(bench, args.data)
         if args.list:
             for id, found in listed(samples, args.list).items():
-                print(*[f"{id}: {'; '.join(found)}"] * bool(found), sep="\n", end="\n" * bool(found))
+                if found:
+                    print(f"{id}: {'; '.join(found)}")
             continue
         rows.append(figures(bench, samples))
         if args.write:

@@ -30,6 +30,7 @@ from data.calls import Call, as_json, call_keys, call_text, check_call, parse_ca
 from data.runs import Kept, Lines, digest, stage
 from lora import Params, adapters
 from model import Blank, Form, seeded
+from research import benchmarks
 from research.stream import Looked, Samples, adapt_with, pairs_as_lessons
 from train import Adapted, Agent, Outcome, adapt, assess, learn, option
 
@@ -51,8 +52,9 @@ class LessonConfig(train.Config):
                          "self", "unrelated", "gold")
     pair: str = option("call", "G", "as of train.py; request: a request first, then the majority "
                        "of sampled calls for it; shown: as joint, but the direct answer stands "
-                       "under x; two: as call, for the two likeliest tools in turn (--k 2)",
-                       "joint", "call", "request", "shown", "two")
+                       "under x; two: as call, for the two likeliest tools in turn (--k 2); words: "
+                       "as call, for the tool whose text shares most words with x (benchmarks.py)",
+                       "joint", "call", "request", "shown", "two", "words")
     filter: str = option("schema", "G", "a written pair is kept if: none: there is any answer; "
                          "schema (train.py's checks); consistent: more than half of sampled "
                          "answers agree with it, too", "none", "schema", "consistent")
@@ -162,8 +164,18 @@ def try_two(writer: Writer, samples: Samples, h: dict, attempt: int, config) -> 
     return try_call_first(writer, samples, turned, attempt, config)
 
 
+def try_words(writer: Writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
+    """As --pair call, but for the tool that shares most words with the request, of those that the
+    dialogue has not called."""
+    turned = {}
+    for x in samples:
+        (call,) = benchmarks.fresh(x)
+        turned[x.id] = replace(h[x.id], candidates={call.name: 0.0})
+    return try_call_first(writer, samples, turned, attempt, config)
+
+
 PAIRS = {"call": try_call_first, "joint": try_joint, "request": try_request_first,
-         "shown": try_shown, "two": try_two}
+         "shown": try_shown, "two": try_two, "words": try_words}
 
 
 def try_unchecked(writer: Writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:

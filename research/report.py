@@ -49,7 +49,7 @@ def p_value(gains: Sequence[np.ndarray], clusters: Sequence[np.ndarray] = ()) ->
     signs of what goes together: each sample's mean over seeds, or its cluster's sum of these (n,
     numbers of clusters for each benchmark). All flips up to 13 that are not 0, else 9,999 at
     random; of one seed, where no two samples of a cluster changed, McNemar's exact test. Means over
-    S seeds are counted in integers, as multiples of 1 / S, so that equal sums of flips are equal."""
+    seeds are counted in integers, as multiples of 1 / S, so that equal sums of flips are equal."""
     scale, sums = math.lcm(*map(len, gains)), []
     for gain, own in zip(gains, clusters or map(singly, gains)):
         units = gain.sum(0).astype(int) * (scale // len(gain))

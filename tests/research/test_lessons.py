@@ -1,4 +1,5 @@
 """What an adapter is given to learn, and where a label may go."""
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from small import (FACTS, MISFIT, ONE, OPTIONS, OTHER, SAMPLES, Made, agent, ass
 
 import train
 from augment import Found, Pair, synthesize
-from data import request_text, with_request
+from data import load, request_text, shuffled, with_request
 from data.calls import Call
 from data.runs import Lines, read_run
 from lora import new_params
@@ -82,6 +83,20 @@ def test_two_writes_for_the_two_likeliest_tools_in_turn():
     assert [start[10] for start in starts] == list("hfhfhf")
 
 
+def test_words_writes_for_the_tool_that_shares_most_words_with_the_request():
+    tools = tuple({**tool, "description": text} for tool, text in zip(
+        SAMPLES[0].tools, ("Undo it.", "Do 0 or 1.", "Ask.")))
+    begun = []
+
+    def writer(prompts, limit, temperature, top_p, keys):
+        begun.append(prompts[0].form.start[10])
+        return [""]
+    config = replace(CONFIG, pair="words")
+    agent = train.Agent(task_of(config), None, None, None, writer, FACTS, 1)
+    synthesize(agent, [replace(SAMPLES[0], tools=tools)], config, H)
+    assert begun == ["g"] * 3           # H finds h likeliest
+
+
 def test_a_filter_keeps_less_or_more():
     assert len(written().pairs) == 1                                # schema, as train.py
     misfit = '{"name": "k", "arguments": {}}\n"Do 0."'
@@ -111,8 +126,9 @@ def keys(agent, everyone="", algorithm=None, **options) -> dict[str, str]:
 def test_what_differs_is_kept_apart_and_what_the_core_does_is_shared(agent):
     for option in ({}, {"pair": "joint"}, {"uses_labels": True}, {"k": 2}):
         assert keys(agent, **option) == keys(agent, algorithm=train.self_improve, **option)
-    ways = [{}, {"pair": "request"}, {"pair": "two"}, {"filter": "none"}, {"filter": "consistent"},
-            {"lesson": "unrelated"}, {"lesson": "unrelated", "seed": 1}, {"lesson": "gold"},
+    ways = [{}, {"pair": "request"}, {"pair": "two"}, {"pair": "words"}, {"filter": "none"},
+            {"filter": "consistent"}, {"lesson": "unrelated"},
+            {"lesson": "unrelated", "seed": 1}, {"lesson": "gold"},
             {"lesson": "gold", "seed": 1}, {"measure_kl": True},
             {"lesson": "unrelated", "measure_kl": True}, {"lesson": "gold", "measure_kl": True}]
     learnt = [list(keys(agent, **way).values())[-1] for way in ways]
@@ -164,6 +180,16 @@ def test_gold_is_the_samples_own_dialogue_with_its_calls_as_the_model_writes(age
 def test_the_program_says_whether_it_uses_labels(lesson, flags, tmp_path):
     assert lessons.main([*flags, "--limit", "1", "--lesson", lesson]) == 0
     assert read_run(tmp_path / "run").config["uses_labels"] == (lesson == "gold")
+
+
+def test_another_samples_tools_are_shuffled_like_ones_own(flags, tmp_path):
+    assert lessons.main([*flags, "--tools", "shuffled", "--lesson", "unrelated"]) == 0
+    samples = load("toolalpaca", str(tmp_path / "data.json"))
+    orders = [[tool["name"] for tool in shuffled(x, 0).tools] for x in samples]
+    assert orders != [["f", "g", "h"]] * 3
+    lines = [path.read_text().split("\n")[1:-1] for path in tmp_path.glob("stages/H-*")]
+    seen = [json.loads(line)["candidates"] for own in lines for line in own]
+    assert sorted(map(list, seen)) == sorted(orders)                # each once, and no other
 
 
 @pytest.mark.parametrize("adapt", ["full", "suffix"])
