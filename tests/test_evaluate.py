@@ -15,8 +15,8 @@ import pytest
 from data import Sample
 from data.calls import Call
 from data.runs import Record, Run, read_run, write_run
-from evaluate import (KNOWN, difference, exact_match, join, listing, main, nearest, printable, story,
-                      summarise, table)
+from evaluate import (KNOWN, difference, exact_match, join, listing, main, nearest, printable,
+                      story, summarise, table)
 
 ROOT = Path(__file__).parent.parent
 
