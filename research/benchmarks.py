@@ -20,6 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 
+if not __package__:
+    print("Call it in the project's folder as: python -m research.benchmarks", file=sys.stderr)
+    sys.exit(2)
+
 import data
 from augment import stands_in
 from data import Sample
