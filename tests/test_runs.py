@@ -685,8 +685,10 @@ def test_with_peft_a_kept_adapter_answers_as_the_run_did(tmp_path, loaded):
                                "out": str(tmp_path / "run")}))
     assert train.run(agent, [x], config) == 0
     record, = read_run(tmp_path / "run").records
-    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(
-        tmp_path / "run" / "adapters" / x.id, dtype=torch.float32).eval()
+    folder = tmp_path / "run" / "adapters" / x.id
+    about = json.loads((folder / "adapter_config.json").read_text())
+    assert (about["r"], about["lora_alpha"]) == (config.rank, config.alpha)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([sum(agent.tokenizer.chat(agent.task.prompt(x)), [])])
     written = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
                               max_new_tokens=config.max_new_tokens, do_sample=False)
