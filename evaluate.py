@@ -5,19 +5,20 @@
     python evaluate.py runs/NAME --sample sealtool-7    # what happened to one sample, or several
     python evaluate.py runs --stages                    # what is kept for later runs (--prune)
 """
+import signal
+
+if __name__ == "__main__":                              # an interrupt needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import math
 import os
 import shlex
-import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-
-if __name__ == "__main__":                              # an interrupt needs no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from data import Sample
 from data.calls import call_keys, parse_calls

@@ -10,10 +10,14 @@ You can stop a run at any moment; the same command continues it. This file reads
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":      # while torch loads, and at the end, an interrupt needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import math
 import os
-import signal
 import sys
 import threading
 import warnings
@@ -24,8 +28,6 @@ from itertools import takewhile
 from pathlib import Path
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")     # torch's; it is not needed
-if __name__ == "__main__":      # while torch loads, and at the end, an interrupt needs no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F

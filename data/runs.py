@@ -2,6 +2,7 @@
 
     runs/stages/H-<bench>-<model>-<digest>.<process>.jsonl      kept lines, one a sample
     runs/<name>/config.json, records.jsonl, summary.json        a run: the join of its lines
+    runs/<name>/adapters/<id>/                                  --keep-adapters: in peft's format
 
 A stage is a function from samples to lines of JSON. Its lines lie in files that are named by a
 digest of all that a line depends on besides its sample: the stage's code, the options and facts

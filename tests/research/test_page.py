@@ -57,7 +57,8 @@ def pages(tmp_path_factory) -> dict[str, str]:
     """The addresses of pages of one run, of two, of a hostile one, and of 300 samples."""
     folder, urls = tmp_path_factory.mktemp("pages"), {}
     runs = {"one": RECORDS, "other": OTHERS, "hostile": HOSTILE,
-            "large": [record(f"s{i}", i % 3 == 0, i % 2 == 0, margin=i / 300) for i in range(300)]}
+            "large": [record(f"s{i}", i % 3 == 0, i % 2 == 0, request="A long prompt. " * 800,
+                              margin=i / 300) for i in range(300)]}
     for name, records in runs.items():
         assert write_run(Run(folder / name, CONFIG, records), {})
     for name, shown in {**{name: [name] for name in runs}, "two": ["one", "other"]}.items():
