@@ -227,8 +227,9 @@ def stands_in(value: object, request: str) -> bool:
 
 
 def read_back(writer: Writer, tries: Sequence[Try], h: dict, config) -> None:
-    """Reject the tries whose calls are not also the greedy ones for their request, with the first
-    tool's name given: some value cannot be known from it. CN is read from "China"."""
+    """Reject each try whose calls the model does not also write greedily when it is given the
+    request and the first tool's name alone: the request does not determine some value. (It may
+    imply what it does not spell: CN is read from "China".)"""
     calls = [parse_calls(made.text).calls for made in tries]
     prompts = []
     for made, (call, *_) in zip(tries, calls):

@@ -25,8 +25,8 @@ Params = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def new_params(model: nn.Module, rank: int, generators: Sequence[torch.Generator]) -> Params:
-    """Fresh adapters for all TARGETS, one for each generator: B = 0, so y = W x at the start, and
-    A uniform within 1 / sqrt(in).
+    """Fresh adapters for all TARGETS, one for each generator, in float32 on the layer's device:
+    B = 0, so y = W x at the start, and A uniform within 1 / sqrt(in).
 
     The LoRA paper draws A from a Gaussian; its code and peft draw kaiming-uniform with
     a = sqrt(5), which is this bound.
@@ -46,7 +46,7 @@ def new_params(model: nn.Module, rank: int, generators: Sequence[torch.Generator
 def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[torch.Tensor]]:
     """Inside the block the model's layers have the adapters of `params` beside them. After it, even
     after an exception, the original layers are back: this is the reset. Yields the tensors to
-    train."""
+    train. RuntimeError if the model has adapters already."""
     layers = dict(model.named_modules())
     if any(isinstance(layer, LoRALinear) for layer in layers.values()):
         raise RuntimeError("the model has adapters already: leave the inner block first")

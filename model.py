@@ -477,11 +477,12 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
              max_new_tokens: int = 256, caches: Sequence[KVCache] = (), temperature: float = 0.0,
              top_p: float = 1.0, keys: Sequence[tuple] = (),
              forms: Sequence[Form] = ()) -> list[Decoded]:
-    """What follows each of several prompts, which continue a cache each by at least one token, or
-    nothing. temperature 0 is greedy; else each row draws from a generator seeded by its own key, so
-    its text does not depend on its neighbours. Rows that have ended stay, as holes, until all have.
-    log_p and entropy are the model's own, whatever model.repetition_penalty is: so they are
-    comparable with l_n, and with those of another penalty.
+    """What follows each of several prompts of at least one token, which continue a cache each, if
+    caches are given. temperature 0 is greedy; else each row draws from a generator seeded by its
+    own key, so its text does not depend on its neighbours. Rows that have ended stay, as holes,
+    until all have. log_p and entropy are the model's own, whatever model.repetition_penalty is: so
+    they are comparable with l_n, and with those of another penalty. OverflowError if the context is
+    too short.
 
     A row with a form, which its prompt has begun, ends with its last blank; the row's ids include
     the fixed parts between the blanks.
@@ -501,7 +502,8 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
         logits = model.lm_head(hidden[torch.arange(len(rows))[:, None], places]).float()
         for agreed in range(len(looked_up) + 1):    # looked-up tokens that were also chosen
             step = own = logits[:, agreed]                                          # (rows, vocab)
-            if model.repetition_penalty != 1:       # what is looked up stands further back, too
+            if model.repetition_penalty != 1:   # looked-up tokens are in the cache, but they are
+                                                # copies: the set of tokens there is the same
                 step = penalised(own, cache.ids, model.repetition_penalty)
             tokens = choose(step, temperature, top_p, generators)
             if temperature == 0:

@@ -252,17 +252,19 @@ class Config:
     """Everything that a user decides. A default is the paper's value unless it says "ours"."""
     bench: str = option("", RUN, "the benchmark (default: nexusraven, or your own --data)",
                         *data.PUBLISHED)
-    data: str = option("", RUN, "its file or folder, or \"bundled\" for its stand-in (default: "
-                       "$TTSI_DATA, the cache, a download); without --bench a file of your own, or "
-                       "the folder of one: JSON or JSON Lines, see data/README.md")
+    data: str = option("", RUN, "the benchmark's file or folder, or \"bundled\" for its stand-in "
+                       "(default: $TTSI_DATA, the cache, a download); without --bench a file of "
+                       "your own, or the folder of one: JSON or JSON Lines, see data/README.md")
     ask: str = option("", RUN, "one request of your own; --data FILE tells what it may choose from "
                       "(a file of nothing else, or of samples: then what its first one may)")
-    model: str = option("", RUN, "hub id, folder or tiny (default: Qwen2.5-1.5B-Instruct on a GPU)")
+    model: str = option("", RUN, "hub id, folder or tiny (default: Qwen2.5-1.5B-Instruct on a GPU, "
+                        "tiny on a CPU)")
     method: str = option("ttsi", RUN, "base: direct answers; ttsi: adapt to the uncertain samples; "
                          "ttd: to pairs that --teacher wrote", "base", "ttsi", "ttd")
     teacher: str = option("", RUN, "hub id, folder, or base URL of an OpenAI-compatible API")
     teacher_model: str = option("", RUN, "the teacher's name at that URL; key: OPENAI_API_KEY")
-    teacher_option: str = option("", RUN, "sent otherwise, as temperature=none,max_tokens=none")
+    teacher_option: str = option("", RUN, "fields of a request to change, as max_tokens=none,"
+                                 "max_completion_tokens=320; none leaves a field out")
     seed: int = option(0, RUN, "seeds every draw, together with the sample's id")
     limit: int = option(0, RUN, "only the first N samples (0: all)")
     tools: str = option("as-given", RUN, "the order of a sample's tools; shuffled (ours): drawn by "
@@ -271,7 +273,7 @@ class Config:
     k: int = option(1, "G", "pairs for each uncertain sample")
     pair: str = option("call", "G", "joint (paper): a request and its call in one go; call (ours): "
                        "a call of the likeliest action, then its request", "joint", "call")
-    temperature: float = option(0.7, "G", "of all sampling")
+    temperature: float = option(0.7, "G", "temperature of all sampling")
     top_p: float = option(0.95, "G", "nucleus of all sampling, in (0, 1]")
     # ours: suffix and answer. What stands before the adapted tokens is theta_0's cache.
     adapt: str = option("full", "T", "full (paper): the adapter acts on all tokens; suffix (ours): "
@@ -285,11 +287,11 @@ class Config:
     batch: int = option(0, HOW, "samples at a time (0: 1 on a CPU, as many as fit on a GPU)")
     checkpointing: bool = option(False, HOW, "in training, less memory for more time")
     max_new_tokens: int = option(256, HOW, "longest answer, in tokens")
-    repetition_penalty: str = option("1.0", HOW, "makes tokens of prompt and answer less likely "
-                                     "where a local model writes; \"checkpoint\": as its "
-                                     "generation_config.json says")
+    repetition_penalty: str = option("1.0", HOW, "makes what stands in prompt and answer less "
+                                     "likely to be written again by a local model (ours: 1.0, "
+                                     "none); checkpoint: by its generation_config.json's number")
     out: str = option("", HOW, "run folder (default: runs/<bench>-<model>-<method>-...-s<seed>)")
-    device: str = option("auto", HOW, "auto, cpu, cuda, cuda:1, ...")
+    device: str = option("auto", HOW, "auto, cpu, cuda or cuda:N")
     dtype: str = option("auto", HOW, "of the weights (auto: bfloat16 on a GPU, else float32)",
                         "auto", "float32", "bfloat16")
     pack: bool = option(True, HOW, "on a CPU hold large weights twice: less time, more memory")
@@ -305,6 +307,8 @@ class Config:
         for name in ("temperature", "lr", "limit", "batch"):
             allowed.append((name, 0 <= getattr(self, name) < math.inf, "0 or more"))
         allowed.append(("ask", not self.ask or self.ask.strip(), "a request"))
+        on = self.device in ("auto", "cpu") or self.device.startswith("cuda")
+        allowed.append(("device", on, "auto, cpu, cuda or cuda:N"))
         allowed.append(("tau", 0 <= self.tau <= 1, "in [0, 1]"))
         allowed.append(("top_p", 0 < self.top_p <= 1, "in (0, 1]"))
         allowed.append(("alpha", 0 < self.alpha < math.inf, "above 0"))
@@ -439,7 +443,7 @@ def set_up(config: Config, task: Task = CALLING,
         raise ValueError(f"--device {config.device}: torch finds no GPU here; use --device cpu")
     what = "bundled samples, not the benchmark" if config.data == "bundled" else "the real samples"
     what = f"the samples of {config.data}" if Path(config.data).expanduser().is_file() else what
-    what = f"{len(samples)} samples of its own" if samples else what
+    what = f"{len(samples[:config.limit or None])} samples of its own" if samples else what
     what = f"one request, with what {config.data} offers" if config.ask else what
     print(f"{config.bench}: {config.model} on {what}; {config.device}, {config.dtype}   (--model, "
           "--data and --device change it)", flush=True)
@@ -586,13 +590,14 @@ def improved(samples: Sequence[Sample], config: Config, kept: Kept, improve: Cal
             kind, seconds["G"] = g.failed or "no pair", g.seconds
         if t:
             kind, seconds["T"] = t.failed or "adapted", t.seconds
-        after = t.text if t and not t.failed else h.text
+        after, length = h.text, len(h.ids)
+        if t and not t.failed:
+            after, length = t.text, t.answer_tokens
         base, answer = task.verdict(h.text, x), task.verdict(after, x)
         cut = f"cut at {config.max_new_tokens} tokens"
         if len(h.ids) >= config.max_new_tokens and base.exact is False:
             base = replace(base, reason=f"{cut}: {base.reason}")
-        ended = t.answer_tokens if t and not t.failed else len(h.ids)
-        if ended >= config.max_new_tokens and answer.exact is False:
+        if length >= config.max_new_tokens and answer.exact is False:
             answer = replace(answer, reason=f"{cut}: {answer.reason}")
         record = Record(
             id=x.id, request=h.request or request_text(x), margin=None if h.failed else h.margin,

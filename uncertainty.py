@@ -71,10 +71,10 @@ class PrefixCaches:
 
     def split(self, tokenizer: Tokenizer, chats: Sequence[list[dict]],
               scope: str) -> tuple[list[KVCache], list[list[int]]]:
-        """Prompts in two: caches of what theta_0 has read of each (so call this outside of
-        `adapters`), and the tokens that are yet to be read. These are, by scope, full: all, and
+        """Prompts in two: caches of one row of what theta_0 has read of each (so call this outside
+        of `adapters`), and the ids that are yet to be read. These are, by scope, full: all, and
         there are no caches; suffix: what follows the system turn; answer: the last token alone,
-        since who goes on from a cache reads at least one to have logits."""
+        which must be read to have logits. OverflowError if the context is too short."""
         caches, rests = [], []
         for chat in chats:
             system, rest = tokenizer.chat(chat)

@@ -42,7 +42,7 @@ class Task:
     actions: Callable[[Sample], list[str]]      # a_1..a_N, what the model chooses from
     answer_start: Callable[[str], str]          # an answer up to where it names its action
     action_end: str                             # the character that ends an action; "": the turn
-    tries: dict[str, Callable]                  # --pair -> a try at a pair for each sample (G)
+    tries: dict[str, Callable]      # --pair -> G's (writer, samples, h, attempt, config) -> [Try]
     verdict: Callable[[str, Sample], Verdict]   # is an answer right? It alone reads the label
     gold: Callable[[Sequence], str]             # the label as a text
     code: dict[str, str] = field(init=False)    # digests of what stages run of it, for their keys

@@ -346,7 +346,8 @@ class Record:
     request: str
     margin: float | None            # u(x) = p(1) - p(2), in [0, 1]; None: H has failed
     uncertain: bool                 # what the gate decided
-    outcome: str                    # certain, direct, adapted, no pair, or how a stage has failed
+    outcome: str                    # certain; direct: uncertain, and nothing was tried; adapted;
+                                    # no pair; or how a stage has failed
     candidates: dict[str, float]    # action: l_n in nats
     base: Verdict                   # of the direct answer
     answer: Verdict                 # of the answer that counts
@@ -370,7 +371,7 @@ class Run:
     records: list[Record]
 
 
-# what changes no outcome, or says itself in the facts; and facts that only tell of the machine
+# options that change no outcome, or whose effect the facts tell; facts that tell of the machine
 FREE = {"ask", "batch", "checkpointing", "out", "device", "dtype", "pack", "offline",
         "keep_adapters", "fresh"}
 TOLD = {"torch", "python"}

@@ -1,7 +1,7 @@
 """What does a benchmark give away, and what can nobody know of it? Rules, without a model.
 
-    python -m research.benchmarks --data HALF                       # the table, of all files
-    python -m research.benchmarks --data HALF --bench sealtool --list value     # what a rule found
+    python -m research.benchmarks --data DIR                        # the table, of all files
+    python -m research.benchmarks --data DIR --bench sealtool --list value      # what a rule found
     python -m research.benchmarks --data FILE --write       # for the notes under a run's table
 
 Each rule is a function, and its docstring is the rule. What a rule found was read by hand for the

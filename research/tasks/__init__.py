@@ -34,8 +34,6 @@ from uncertainty import score_candidates, softmax_difference
 
 @dataclass(frozen=True)
 class TaskConfig(train.Config):
-    method: str = option("ttsi", train.RUN, "base: direct answers; ttsi: adapt to the uncertain "
-                         "samples; ttd: to pairs that --teacher wrote", "base", "ttsi", "ttd")
     control: str = option("", train.RUN, "all: adapt to every sample; other: to another sample's "
                           "pair; icl: show the pair in the prompt, and train nothing",
                           "all", "other", "icl")

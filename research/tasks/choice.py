@@ -19,7 +19,7 @@ from data import Sample, Task
 from data.runs import Verdict
 from model import Blank, Form
 from research.stream import Samples
-from research.tasks import TaskConfig, at_start, is_copy, program, text_in, written
+from research.tasks import TaskConfig, ask_for, at_start, is_copy, program, text_in, written
 
 SYSTEM = "You answer multiple-choice questions."
 ASK = "\n\nAnswer with nothing but the letter of the right option."
@@ -54,8 +54,7 @@ def read(item: dict) -> list[Sample]:
 
 def prompt(x: Sample) -> list[dict]:
     """The messages that ask for a letter."""
-    asked = x.messages[-1]["content"] + ASK
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
+    return ask_for(SYSTEM, x, ASK)
 
 
 def letters(x: Sample) -> list[str]:

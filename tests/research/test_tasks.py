@@ -172,7 +172,7 @@ def test_labels_never_reach_a_text_that_is_read(name, tmp_path, monkeypatch):
         assert train.run(agent, samples, config, run) == 0
     assert any(x.messages[-1]["content"].split("\n")[0] in text for x in samples for text in read)
     assert not any("canary" in text for text in read)
-    lines = [path.read_text() for path in (tmp_path / "all" / "stages").iterdir()]
+    lines = [path.read_text() for path in (tmp_path / "all" / "stages").glob("*.jsonl")]
     assert len(lines) == 3 and not any("canary" in text for text in lines)          # H, G, T
     records = read_run(tmp_path / "all" / "run").records
     assert all(r.losses and "canary" in r.gold for r in records)
