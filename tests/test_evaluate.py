@@ -184,8 +184,10 @@ def test_what_can_be_known_of_samples_that_were_looked_at_stands_below():
     """It takes the place of the note that looks at names alone."""
     name, (known, named) = next(iter(json.loads(KNOWN.read_text()).items()))
     config = {"facts": {"samples": name}}
-    *_, note = table([Run(Path("x"), config, [FAILED[0]])]).splitlines()
+    lines = table([Run(Path("x"), config, [FAILED[0]])])
+    *_, note = lines.splitlines()
     assert note == f"x: at most {known} % can be known from the prompt; naming by rule: {named} %"
+    assert "a gold tool is not offered" not in lines
     other = table([Run(Path("x"), {"facts": {"samples": "others"}}, [FAILED[0]])])
     assert "can be known" not in other and "a gold tool is not offered" in other
 
