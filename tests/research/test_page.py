@@ -87,8 +87,7 @@ class Browser:
                 time.sleep(0.05)
         flags = ["headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-quic",
                  "disable-background-networking", "disable-component-update", "disable-sync",
-                 "no-first-run",
-                 f"user-data-dir={profile}"]
+                 "no-first-run", f"user-data-dir={profile}"]
         wanted = {"browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"},
                   "goog:chromeOptions": {"args": [f"--{flag}" for flag in flags]}}
         self.url += "/session/" + self.send(
@@ -214,7 +213,8 @@ def test_the_page_is_used_by_keys_alone(browser, pages):
 
 @pytest.mark.parametrize("before, after, gone, new", [
     ("one two three four", "one 2 three five four", ["two"], ["2", " five"]),
-    ("same", "same", [], []), ("", "all new", [], ["all new"]), ("a b c b d", "b c d b", ["a ", "b "], [" b"]),
+    ("same", "same", [], []), ("", "all new", [], ["all new"]),
+    ("a b c b d", "b c d b", ["a ", "b "], [" b"]),
     ('{"x": "Ä1"}', '{"x": "Ö1"}', ["Ä1"], ["Ö1"]),
     ("a " * 9000, "b " * 9000, ["a " * 8999 + "a"], ["b " * 8999 + "b"])],
     ids=["words", "nothing", "all", "order", "letters", "too long to compare"])
