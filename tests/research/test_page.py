@@ -225,7 +225,7 @@ def test_the_words_that_changed_are_marked_and_no_others(browser, pages, before,
                          "parts => parts.filter(p => p.changed).map(p => p.text))", before, after)
     assert marked == [gone, new]
     assert browser.ask("changes(arguments[0], arguments[1]).map("
-                       "parts => parts.map(p => p.text).join(''))", before, after) == [before, after]
+                  "parts => parts.map(p => p.text).join(''))", before, after) == [before, after]
 
 
 def test_two_runs_stand_side_by_side_and_what_differs_can_be_listed(browser, pages):
