@@ -321,6 +321,7 @@ def test_a_reader_that_has_read_enough_is_no_error(folder, flags):
     read, write = os.pipe()
     os.close(read)                                          # as `| head` leaves it
     process = subprocess.run([sys.executable, ROOT / "evaluate.py", folder, *flags], stdout=write,
-                             stderr=subprocess.PIPE, text=True)
+                             stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONUNBUFFERED": ""})
     os.close(write)
     assert (process.returncode, process.stderr) == (0, "")

@@ -21,7 +21,7 @@ from research.page import PAGE, main, page
 GOLD = '{"name": "lamp_on", "arguments": {"room": "hall"}}'
 EVIL = ('</script><script>window.broken = 1</script><img src=x onerror="window.broken = 1"><!-- '
         "&lt; \x1b[2J\x00\u202e\ud800 ${1} ")
-LONG = (EVIL + "word ") * 170                       # of more than 20,000 characters
+LONG = (EVIL + "word ") * 160 + "x" * 2000                       # of more than 20,000 characters
 
 
 def verdict(right: bool, text: str = "", reason: str = "wrong value: room") -> Verdict:
@@ -85,9 +85,9 @@ class Browser:
             except OSError:
                 assert time.monotonic() < deadline and self.driver.poll() is None
                 time.sleep(0.05)
-        flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+        flags = ["headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-quic",
                  "disable-background-networking", "disable-component-update", "disable-sync",
-                 f"user-data-dir={profile}"]
+                 "no-first-run", f"user-data-dir={profile}"]
         wanted = {"browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL"},
                   "goog:chromeOptions": {"args": [f"--{flag}" for flag in flags]}}
         self.url += "/session/" + self.send(
@@ -211,6 +211,23 @@ def test_the_page_is_used_by_keys_alone(browser, pages):
     assert browser.ask("document.activeElement.closest('#samples') !== null")
 
 
+@pytest.mark.parametrize("before, after, gone, new", [
+    ("one two three four", "one 2 three five four", ["two"], ["2", " five"]),
+    ("same", "same", [], []), ("", "all new", [], ["all new"]),
+    ("a b c b d", "b c d b", ["a ", "b "], [" b"]),
+    ('{"x": "Ä1"}', '{"x": "Ö1"}', ["Ä1"], ["Ö1"]),
+    ("a " * 9000, "b " * 9000, ["a " * 8999 + "a"], ["b " * 8999 + "b"])],
+    ids=["words", "nothing", "all", "order", "letters", "too long to compare"])
+def test_the_words_that_changed_are_marked_and_no_others(browser, pages, before, after, gone, new):
+    if browser.ask("typeof changes") != "function":
+        browser.open(pages["one"])
+    marked = browser.ask("changes(arguments[0], arguments[1]).map("
+                         "parts => parts.filter(p => p.changed).map(p => p.text))", before, after)
+    assert marked == [gone, new]
+    assert browser.ask("changes(arguments[0], arguments[1]).map("
+                  "parts => parts.map(p => p.text).join(''))", before, after) == [before, after]
+
+
 def test_two_runs_stand_side_by_side_and_what_differs_can_be_listed(browser, pages):
     browser.open(pages["two"] + "#a")
     assert browser.listed() == list("abcde")
@@ -249,6 +266,9 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_a_story_replaces_the_li
     browser.click("#samples a")
     assert visible() == [False, True]
     assert browser.ask("document.documentElement.scrollWidth") == 390
+    assert browser.ask("[...document.querySelectorAll('#told *')].every("
+                       "e => e.namespaceURI.endsWith('svg') || e.scrollWidth <= e.clientWidth ||"
+                       " getComputedStyle(e).display === 'inline')")
     browser.click("#back")
     assert visible() == [True, False]
 
