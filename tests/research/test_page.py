@@ -107,6 +107,10 @@ class Browser:
                    features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.send("/url", {"url": "about:blank"})
         self.send("/url", {"url": url})
+        deadline = time.monotonic() + 30        # the driver may answer while it is still loading
+        while self.ask("location.href + document.readyState") != f"{url}complete":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     def debug(self, command: str, **params) -> None:
         self.send("/goog/cdp/execute", {"cmd": command, "params": params})
