@@ -342,6 +342,9 @@ def exit_codes(main: Callable) -> Callable:
             return main(argv)
         except KeyboardInterrupt:                       # before the first sample, or once more
             return 130
+        except BrokenPipeError:                         # who reads the output has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except (ValueError, OSError, OverflowError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
@@ -379,7 +382,10 @@ def parse_args(argv: Sequence[str] | None, config: type = Config, text: str = __
             told += f" (default: {f.default})"
         flag = "--" + f.name.replace("_", "-")
         groups[phase].add_argument(flag, default=f.default, help=told, **kind)
-    return config(**vars(parser.parse_args(argv)))
+    parsed = config(**vars(parser.parse_args(argv)))
+    if parsed.ask and config is not Config:
+        raise ValueError("--ask is train.py's alone: this program takes a file of samples")
+    return parsed
 
 
 TINY = Path(data.__file__).parent / "tiny"
@@ -396,6 +402,8 @@ def fill_in(config: Config) -> Config:
     where two configurations could have that name, it ends in "*" for a digest. ValueError if it is
     not clear which file of a folder is meant."""
     told, bench, own = [], config.bench or "nexusraven", Path(config.data).expanduser()
+    if config.repetition_penalty != "checkpoint":                   # 1 is 1.0
+        config = replace(config, repetition_penalty=str(float(config.repetition_penalty)))
     if config.data not in ("", "bundled") and not config.bench:      # own data, under its own name
         files = sorted([*own.glob("*.json"), *own.glob("*.jsonl")])
         if len(files) != 1 and own.is_dir():

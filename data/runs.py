@@ -94,10 +94,12 @@ def definitions(file: Path) -> dict[str, tuple[str, list[tuple[Path, str]]]]:
         for name in defined:
             found[name] = text, named
         for alias in getattr(node, "names", []):                    # of an import
-            module = sys.modules.get(getattr(node, "module", alias.name))
+            origin = getattr(node, "module", None)
+            part = sys.modules.get(f"{origin}.{alias.name}")        # `from package import module`
+            module = part or sys.modules.get(origin or alias.name)
             path = Path(getattr(module, "__file__", None) or "/").resolve()
             if path.is_relative_to(THIS.parent.parent) and "site-packages" not in path.parts:
-                whole = isinstance(node, ast.Import)
+                whole = bool(part) or isinstance(node, ast.Import)
                 named = [(path, each) for each in (definitions(path) if whole else [alias.name])]
                 found[alias.asname or alias.name] = "", named
     return found
@@ -165,8 +167,11 @@ class Kept:
         """The lines that any process has kept, by the digest of their sample; a torn one is skipped
         with a notice."""
         lines, make = {}, getattr(stage.line, "from_json", stage.line)
-        folder = Path(self.config.out).parent
-        for path in sorted(folder.glob(f"stages/{escape(name)}.*.jsonl")):
+        folder = Path(self.config.out).parent / "stages"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = self.lock or open(folder / ".lock", "a")
+        fcntl.flock(self.lock, fcntl.LOCK_SH)           # until this object ends: nothing is pruned
+        for path in sorted(folder.glob(f"{escape(name)}.*.jsonl")):
             for number, text in enumerate(path.read_bytes().split(b"\n")[1:], 2):
                 if not text:
                     continue
@@ -212,9 +217,6 @@ class Kept:
         """Add lines to this process's file, in one write, flushed and synced."""
         if name not in self.files:
             folder = Path(self.config.out).parent / "stages"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = self.lock or open(folder / ".lock", "a")
-            fcntl.flock(self.lock, fcntl.LOCK_SH)       # until this object ends: nothing is pruned
             self.files[name] = folder / f"{name}.{uuid.uuid4().hex[:8]}.jsonl"
         with open(self.files[name], "a", encoding="utf-8") as file:
             if not file.tell():
@@ -247,7 +249,7 @@ def key_in(path: Path) -> dict:
 def agrees(key: dict, known: dict, code: dict | None = None) -> bool:
     """Is it the key of a stage with these options and facts (and this code, {stage: digest})?"""
     own = [key[name] == known[name] for name in key.keys() & known.keys() - {"code", "seen"}]
-    of_code = code is None or not key or key["code"] == code.get(key["stage"])
+    of_code = code is None or "stage" not in key or key["code"] == code.get(key["stage"])
     return of_code and all(own) and all([agrees(seen, known, code) for seen in key.get("seen", ())])
 
 
@@ -439,6 +441,7 @@ def read_run(folder: Path) -> Run:
     records, where = [], str(paths[0])
     try:
         config = dict(**json.loads(paths[0].read_bytes()))
+        dict(**config.get("facts", {}))                 # an object, where it is there
         for number, line in enumerate(paths[1].read_bytes().splitlines(), 1):
             where = f"{paths[1]}, line {number}"
             fields = dict(**json.loads(line))

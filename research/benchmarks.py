@@ -149,7 +149,7 @@ def is_said(each: object, said: str) -> bool:
     numbers = {Decimal(word) for word in words if word[0].isdecimal()}
     numbers |= {Decimal(NUMBERS[word]) for word in words & NUMBERS.keys()}
     date = re.fullmatch(r"(?:\d{4}-)?(\d\d)-(\d\d)(?:[ T](\d\d):(\d\d)(?::00)?)?", str(each))
-    if date:
+    if date and 1 <= int(date[1]) <= 12:
         month, day, hour, minute = [int(part or 0) for part in date.groups()]
         names = {MONTHS[month - 1], MONTHS[month - 1][:3], MONTHS[month - 1][:4]}
         named = bool(words & names) or re.search(rf"\b0?{month}-0?{day}\b", said)

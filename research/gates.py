@@ -63,7 +63,7 @@ def let_through(agent: Agent, samples: Samples, config: GateConfig, kept: Kept) 
         def draw(id): return seeded(config.seed, id, "gate").initial_seed()
         return set(sorted(h, key=draw)[:len(unsure)])
     if config.gate == "oracle":                     # the only gate that reads a label
-        return {x.id for x in samples if x.id in h and not exact_match(h[x.id].text, x).exact}
+        return {x.id for x in samples if x.id in h and exact_match(h[x.id].text, x).exact is False}
     values = scores_of(list(h.values()), agent.tokenizer)[config.gate_score].tolist()
     if config.budget:
         threshold = threshold_between(values, round(config.budget * len(values)))

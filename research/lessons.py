@@ -293,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     everyone = data.load(config.bench, config.data, config.offline)
     if config.tools == "shuffled":
         everyone = [data.shuffled(x, config.seed) for x in everyone]
+    if config.lesson == "unrelated" and len(everyone) < 2:
+        raise ValueError(f"--lesson unrelated: {config.data} has no other sample")
     if not config.uses_labels:
         everyone = [replace(x, answers=()) for x in everyone]
     agent.facts["everyone"] = digest(everyone)

@@ -103,11 +103,12 @@ def improve(samples: Samples, config: OrdersConfig, kept: Kept) -> list[Outcome]
 
 
 def tables(records: Sequence[Record]) -> dict[str, list[dict]]:
-    """Of the records that have all M orders, for 1, 2, 4, ... orders that are averaged: the share
-    below tau = 0.95, the AUROC of 1 - u for a wrong name and a wrong answer, and how u and the
-    likeliest tool agree between two draws of as many orders each."""
+    """Of the records that have all M orders and a gold answer, for 1, 2, 4, ... orders that are
+    averaged: how many are below tau = 0.95, the AUROC of 1 - u for a wrong name and a wrong answer,
+    and how u and the likeliest tool agree between two draws of as many orders each."""
     most = max([len(r.extra.get("orders", ())) for r in records], default=0)
-    records = [r for r in records if len(r.extra.get("orders", ())) == most > 1]
+    records = [r for r in records if len(r.extra.get("orders", ())) == most > 1
+               and r.base.exact is not None]
     wrong = {"name": np.array([not r.base.measures.get("name_correct") for r in records]),
              "answer": np.array([not r.base.exact for r in records])}
     rows, count = [], 1

@@ -102,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("page.html"), help="the file (page.html)")
     args = parser.parse_args(argv)
     runs = read_runs(args.runs)
+    if len(runs) == 2:
+        one, other = [{r.id: (r.request, r.gold) for r in run.records} for run in runs]
+        if any([one[id] != other[id] for id in one.keys() & other.keys()]):
+            raise ValueError("the runs have other samples under the same ids: show each alone")
     if not 1 <= len(runs) <= 2:
         raise ValueError(f"these are {len(runs)} runs: a page shows one, or two side by side")
     args.out.write_text(page(runs), encoding="utf-8")

@@ -350,6 +350,7 @@ def test_the_runs_name_holds_what_is_not_the_default():
     assert name(fresh=True, batch=4, offline=True) == name() == "runs/nexusraven-tiny-ttsi-s0"
     assert name(tau=0.5, adapt="suffix", seed=3) == (
         "runs/nexusraven-tiny-ttsi-tau=0.5-adapt=suffix-s3")
+    assert name(repetition_penalty="1") == name() and "1.1" in name(repetition_penalty="1.10")
 
 
 @pytest.mark.parametrize("one, other", [
@@ -839,6 +840,20 @@ def test_nothing_is_pruned_while_a_run_works_there_or_where_a_run_does_not_tell_
     assert kept(tmp_path) == lines
     with pytest.raises(FileNotFoundError, match="give a folder of runs"):
         prune(tmp_path / "run")
+
+
+def test_nothing_is_pruned_under_a_run_that_has_only_read_so_far(tmp_path, loaded):
+    """As one that was killed, and now goes on: no run folder names its lines."""
+    assert run(loaded, tmp_path, limit=1) == 0
+    rmtree(tmp_path / "run")
+    agent, samples = loaded
+    own = fill_in(Config(**{**OPTIONS, "out": str(tmp_path / "run")}))
+    reader = Kept(agent, own, computing=False)
+    reader(train.assess, [replace(samples[0], answers=())])
+    with pytest.raises(ValueError, match="a run works in"):
+        prune(tmp_path)
+    del reader
+    assert len(prune(tmp_path)) == 3
 
 
 def test_fresh_forgets_also_what_saw_lines_without_a_key(tmp_path):

@@ -50,6 +50,8 @@ def booked(said: str, **arguments) -> Sample:
     ("value", booked("May 3", day="2023-05-03 00:00"), []),
     ("value", booked("May 3 at noon", day="2023-05-03 12:00"), []),
     ("value", booked("May 3", day="2023-05-03 16:00"), ["day = 2023-05-03 16:00"]),
+    ("value", booked("December", day="13-45"), ["day = 13-45"]),       # no month, so no date
+    ("value", booked("December", day="00-45"), ["day = 00-45"]),
     ("value", booked("a and b", tags=["a", "b", "c"]), ["tags = c"]),
     ("value", booked("a and b", tags="['a', 'b', 'c']"), ["tags = c"]),
     ("value", booked("1", tags="[{'n': '1', 'm': '2'}]"), ["tags = 2"]),

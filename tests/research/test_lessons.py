@@ -1,6 +1,7 @@
 """What an adapter is given to learn, and where a label may go."""
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import train
 from augment import Found, Pair, synthesize
 from data import load, request_text, shuffled, with_request
 from data.calls import Call
-from data.runs import Lines, read_run
+from data.runs import Lines, definitions, read_run
 from lora import new_params
 from model import seeded
 from research import lessons
@@ -180,6 +181,21 @@ def test_gold_is_the_samples_own_dialogue_with_its_calls_as_the_model_writes(age
 def test_the_program_says_whether_it_uses_labels(lesson, flags, tmp_path):
     assert lessons.main([*flags, "--limit", "1", "--lesson", lesson]) == 0
     assert read_run(tmp_path / "run").config["uses_labels"] == (lesson == "gold")
+
+
+def test_what_needs_other_samples_or_a_file_of_them_is_refused(flags, tmp_path, capsys):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(json.loads((tmp_path / "data.json").read_text())[:1]))
+    asked = [*flags, "--data", str(path), "--lesson", "unrelated"]
+    assert lessons.main(asked) == 2 and "has no other sample" in capsys.readouterr().err
+    assert lessons.main([*asked, "--ask", "Do it"]) == 2
+    assert "--ask is train.py's alone" in capsys.readouterr().err
+
+
+def test_a_key_holds_the_code_of_what_is_imported_as_a_module():
+    """`from research import benchmarks` in lessons.py: whose functions --pair words calls."""
+    path = Path(lessons.__file__)
+    assert (path.with_name("benchmarks.py"), "fresh") in definitions(path)["benchmarks"][1]
 
 
 def test_another_samples_tools_are_shuffled_like_ones_own(flags, tmp_path):

@@ -1,5 +1,6 @@
 """research/orders.py: the candidates are scored under other orders of the tools."""
 import math
+from dataclasses import replace
 
 import pytest
 from hand_made import record
@@ -40,7 +41,9 @@ def test_the_tables_of_two_draws_by_hand():
     """Three samples; the last is wrong, and unsure in the first order alone."""
     rows = [[SURE, SURE], [SURE, UNSURE], [UNSURE, OTHER]]
     records = [record(i, i < 2, False, extra={"orders": own}) for i, own in enumerate(rows)]
-    one, two = tables([*records, record("x", True, True)])["u from p averaged over orders"]
+    unknown = record("y", True, True, extra={"orders": rows[0]})
+    unknown = replace(unknown, base=replace(unknown.base, exact=None))      # no gold answer
+    one, two = tables([*records, unknown, record("x", True, True)])["u from p averaged over orders"]
     assert (one["orders"], one["n"], one["uncertain"]) == (1, 3, 3)
     assert one["AUROC, wrong answer"] == 1 and two["AUROC, wrong answer"] == 0.5
     u, other = [0.8, 0.8, 0.0], [0.8, 0.0, 1 - 2 / (1 + math.exp(9))]

@@ -310,6 +310,11 @@ def test_a_page_shows_one_run_or_two(pages, tmp_path, capsys):
     one = urllib.request.url2pathname(pages["one"].removeprefix("file://")).removesuffix(".html")
     assert main([one] * 3 + ["--out", str(tmp_path / "x.html")]) == 2
     assert "these are 3 runs: a page shows one, or two" in capsys.readouterr().err
+    for name, request in (("lamp", "Turn it on"), ("door", "Open it")):
+        assert write_run(Run(tmp_path / name, CONFIG, [record("ask-0", True, True,
+                                                              request=request)]), {})
+    assert main([str(tmp_path / "lamp"), str(tmp_path / "door")]) == 2
+    assert "other samples under the same ids" in capsys.readouterr().err
     assert not (tmp_path / "x.html").exists()
     assert write_run(Run(tmp_path / "none", CONFIG, []), {})
     assert main([str(tmp_path / "none"), "--out", str(tmp_path / "x.html")]) == 0
