@@ -62,6 +62,15 @@ def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[to
             setattr(layers[parent], child, layers[name])
 
 
+def reset(model: nn.Module) -> None:
+    """Put back each original layer that has an adapter beside it still, as where an interrupt came
+    while `adapters` did so."""
+    for parent in [*model.modules()]:
+        for name, layer in [*parent.named_children()]:
+            if isinstance(layer, LoRALinear):
+                setattr(parent, name, layer.base)
+
+
 class LoRALinear(nn.Module):
     """A linear layer with a batch of adapters beside it. Row i of the input uses adapter i; a
     single adapter serves all rows."""

@@ -41,7 +41,7 @@ from data.chat import Tokenizer
 from data.runs import (NON_FINITE, Kept, Lines, Missing, Record, Run, adapter_folder, digest,
                        forget, other_keys, out_of_memory, run_folder, stage)
 from evaluate import exact_match, join, printable
-from lora import TARGETS, Params, adapters, new_params, save_adapter
+from lora import TARGETS, Params, adapters, new_params, reset, save_adapter
 from model import KVCache, Qwen2, find_checkpoint, fingerprint, generate, load_model, seeded
 from uncertainty import PrefixCaches, score_candidates, softmax_difference
 
@@ -337,10 +337,10 @@ def exit_codes(main: Callable) -> Callable:
         before = {}
         if threading.current_thread() is threading.main_thread():   # only it may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):  # also in a job that ignores SIGINT
-                before[number] = signal.signal(number, signal.default_int_handler)
+                before[number] = signal.signal(number, interrupt)
         try:
             return main(argv)
-        except KeyboardInterrupt:                       # before the first sample, or once more
+        except KeyboardInterrupt:                       # before the first sample
             return 130
         except BrokenPipeError:                         # who reads the output has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -356,6 +356,13 @@ def exit_codes(main: Callable) -> Callable:
             for number, handler in before.items():
                 signal.signal(number, handler)
     return wrapped
+
+
+def interrupt(number: int, frame: object) -> None:
+    """KeyboardInterrupt, once: what is finished is then put in order, and nothing may stop that."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @exit_codes
@@ -558,6 +565,7 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callab
                 if None not in scores:
                     bar.set_postfix_str(f"{sum(scores) / len(scores):.0%} right")
     except KeyboardInterrupt:
+        reset(agent.model)                              # it may have come amid a reset
         code = 130
     if fingerprint(agent.model) != agent.facts["weights"]:
         for path in kept.files.values():

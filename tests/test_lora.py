@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
+from torch import nn
 
 from conftest import FAMILIES, logits, transformers_model, write_checkpoint
-from lora import TARGETS, adapters, load_adapter, new_params, save_adapter
+from lora import (TARGETS, LoRALinear, adapters, load_adapter, new_params, reset,
+                  save_adapter)
 from model import load_model, seeded
 
 RANK, ALPHA, ROWS = 4, 8, 3
@@ -93,6 +95,24 @@ def test_adapters_in_a_batch_learn_as_each_does_alone(model):
 def test_one_adapter_serves_every_row_of_a_batch(model):
     with adapters(model, trained(model), ALPHA):
         assert near(model(tokens(ROWS)), torch.cat([model(row[None]) for row in tokens(ROWS)]))
+
+
+def test_what_an_interrupt_amid_the_reset_has_left_is_put_back(model, monkeypatch):
+    before, plain, last = dict(model.named_modules()), nn.Module.__setattr__, []
+
+    def interrupted(self, name, value):
+        plain(self, name, value)
+        if isinstance(value, nn.Linear):
+            last.append(name)
+            if len(last) == 5:
+                raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        with adapters(model, new_params(model, 2, [seeded(0)]), 4):
+            monkeypatch.setattr(nn.Module, "__setattr__", interrupted)
+    monkeypatch.undo()
+    assert any(isinstance(layer, LoRALinear) for layer in model.modules())
+    reset(model)
+    assert dict(model.named_modules()) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
