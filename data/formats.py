@@ -1,5 +1,6 @@
 """The shapes of files of samples that people have: a reader each, chosen by the keys that an item
 has. What each reads stands in data/README.md, with its test."""
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "agent": "as
          "gpt": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool",
          "observation": "tool", "system": "system", "developer": "system"}
 NOT_ARGUMENTS = {"$schema", "$defs", "additionalProperties"}    # tell a schema without a "type"
-KNOWN = {"id", "query", "tools", "answers", "messages", "conversations", "functions", "system"}
+KNOWN = {"id", "query", "tools", "answers", "messages", "conversations", "functions", "system",
+         "instruction", "input", "expected_output"}
 KINDS = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"BZh": "bzip2",
          b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"ARROW1": "Arrow", b"SQLite": "SQLite",
          b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"<": "HTML or XML",
@@ -59,6 +61,9 @@ def of_chat(item: dict) -> Item:
     turns, kept, raw, left_out = item.get("messages", item.get("conversations")), [], None, []
     if not isinstance(turns, list) or not all([isinstance(turn, dict) for turn in turns]):
         raise ValueError("the turns are no list of objects")
+    first = str(turns[0].get("value")) if turns else ""
+    if seals := re.search(r'^api_list = (\[.*])\ntask_instruction = "(.*)"$', first, re.M | re.S):
+        return of_sealtools(seals[1], seals[2], str(turns[-1].get("value")) if turns[1:] else None)
     for turn in [{"role": "system", "content": item.get("system") or ""}, *turns]:
         role, text = str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))
         if ROLES.get(role) == "system" and isinstance(text, str):
@@ -87,7 +92,46 @@ def of_chat(item: dict) -> Item:
     return Item(read_turns(kept[:end], names), tools, answers, left_out)
 
 
-SHAPES = {("query", "tools"): of_query, ("messages",): of_chat, ("conversations",): of_chat}
+def of_sealtools(tools: str, request: str, calls: str | None) -> Item:
+    """Seal-Tools' own conversations: {"api_name", "api_description"} tools and {"api"} calls, as
+    Python writes them."""
+    try:
+        offered, gold = ast.literal_eval(tools), calls and ast.literal_eval(calls)
+        for each in offered:
+            each |= {"name": each["api_name"], "description": each.get("api_description")}
+        for each in gold or ():
+            each |= {"name": each["api"]}
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
+        raise ValueError(f"no 'api_list' or no calls as Seal-Tools has them ({error})") from None
+    return of_query({"query": request, "tools": offered, "answers": gold})
+
+
+def of_apibank(item: dict) -> Item:
+    """{"instruction", "input", "expected_output"} of API-Bank's own files: a tool a line as JSON; a
+    turn a line; calls in words, with the result behind "->"."""
+    asked, said, gold = [item[key] for key in ("instruction", "input", "expected_output")]
+    if not all([isinstance(text, str) for text in (asked, said, gold)]):
+        raise ValueError("'instruction', 'input' or 'expected_output' is no text")
+    tools, turns = [], []
+    for line in asked.split("\n"):
+        if line.startswith("{"):
+            tool = decoded(line, "instruction")
+            tools.append({**tool, "parameters": tool.get("input_parameters")})
+    for line in f"{said}\n{gold}".split("\n"):
+        who, text = re.fullmatch("(?:(User|AI|API-Request): ?)?(.*)", line).groups()
+        if who:
+            call, arrow, result = text.partition("]->") if who == "API-Request" else (text, "", "")
+            role = "user" if who == "User" else "assistant"
+            turns.append({"role": role, "content": call + "]" * bool(arrow)})
+            if arrow:
+                turns.append({"role": "tool", "content": result})
+        elif turns and text.strip() and not text.startswith("Generate "):
+            turns[-1]["content"] += "\n" + text
+    return of_chat({"messages": turns, "tools": tools})
+
+
+SHAPES = {("query", "tools"): of_query, ("messages",): of_chat, ("conversations",): of_chat,
+          ("instruction", "input", "expected_output"): of_apibank}
 
 
 def of_none(item: object) -> Item:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import data
-from data import Sample, blob_id, cached_file, load
+from data import Sample, blob_id, cached_file, load, request_text
 from data.calls import Call, call_text, required_arguments
 from evaluate import exact_match
 
@@ -35,6 +35,10 @@ def write(path, content) -> str:
 
 def loaded(tmp_path, *items: dict) -> list[Sample]:
     return load("sealtool", data=write(tmp_path / "own.json", [ITEM | item for item in items]))
+
+
+def loaded_file(tmp_path, items: list[dict]) -> list[Sample]:
+    return load("mine", data=write(tmp_path / "own.json", items))
 
 
 def turns(*pairs: tuple[str, str]) -> list[dict]:
@@ -240,6 +244,44 @@ FILES = {       # a shape: its item, the system text shown beside ours
     "function_call": ({"tools": json.dumps([SET, OFF]), "conversations": [
         {"from": "human", "value": ASK["content"]},
         {"from": "function_call", "value": json.dumps(KITCHEN)}]}, "")}
+
+
+def test_apibanks_own_files_are_read_as_the_published_form_made_of_them_is(tmp_path):
+    """A tool a line in the instruction, a turn a line, earlier calls with their results."""
+    lamp = {"name": "SetLamp", "description": "Sets.", "input_parameters": {
+        "room": {"type": "str"}, "level": {"type": "str"}}, "output_parameters": {}}
+    said = ["User: The kitchen, please.", "API-Request: [SetLamp(room='kitchen')]->ok", "AI: Done.",
+            "It is on.", "User: And the hall", "AI: Yes.", "Generate API Request:", ""]
+    asked = f"Say it.\nAPI descriptions:\n{json.dumps(lamp)}"
+    sample, = loaded_file(tmp_path, [{
+        "id": 3, "file": "a.jsonl", "instruction": asked, "input": "\n".join(said),
+        "expected_output": "API-Request: [SetLamp(room='hall', level=2)]"}])
+    other, = loaded_file(tmp_path, [{"id": 3, "tools": [{
+        "name": "SetLamp", "description": "Sets.", "parameters": lamp["input_parameters"]}],
+        "query": turns(("user", "The kitchen, please."), ("assistant", "```%s```" % json.dumps(
+            [{"name": "SetLamp", "arguments": {"room": "kitchen"}}])), ("tool", "ok"),
+            ("agent", "Done.\nIt is on."), ("user", "And the hall"),
+            ("agent", "Yes.\nGenerate API Request:")),
+        "answers": [{"name": "SetLamp", "arguments": {"room": "hall", "level": 2}}]}])
+    assert sample == other
+
+
+def test_seal_tools_own_conversations_are_read(tmp_path):
+    tools = [{"api_name": "setLamp", "api_description": "Sets.", "field": "Home", "parameters": {
+        "room": {"type": "str"}}, "required": ["room"], "responses": {}}]
+    asked = f"Choose.\n\nInput:\napi_list = {tools}\n"
+    asked += 'task_instruction = "The "old" hall"\nOutput:\n'
+    calls = [{"api": "setLamp", "parameters": {"room": "hall"}, "responses": ["API_call_0"]}]
+    talk = [{"from": "human", "value": asked}, {"from": "gpt", "value": str(calls)}]
+    sample, = loaded_file(tmp_path, [{"id": "dev-0", "conversations": talk}])
+    assert (sample.id, request_text(sample)) == ("dev-0", 'The "old" hall')
+    assert sample.tools == ({"name": "setLamp", "description": "Sets.", "required": ["room"],
+                             "parameters": {"room": {"type": "str"}}},)
+    assert sample.answers == (Call("setLamp", {"room": "hall"}),)
+    assert loaded_file(tmp_path, [{"conversations": talk[:1]}])[0].answers is None
+    for wrong in (asked.replace("api_name", "name"), asked.replace("[{", "[{{")):
+        with pytest.raises(ValueError, match="item 0: no 'api_list'"):
+            loaded_file(tmp_path, [{"conversations": [{"from": "human", "value": wrong}]}])
 
 
 @pytest.mark.parametrize("shape", FILES)
