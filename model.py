@@ -335,10 +335,11 @@ class KVCache:
 
 class PackedLinear(nn.Linear):
     """A frozen linear layer on a CPU that holds W a second time, in the order in which oneDNN
-    reads it; otherwise torch reorders W in every product. With gradients the product is plain.
+    reads it; otherwise torch reorders W in every product.
 
     Measured (tests/benchmark.py, the 0.5B, two cores) in bfloat16 (float32): 1.3x (1.6x) faster
-    for one row, 1.9x (2.9x) for five, but 1.1x (1.5x) for eighty, as training has.
+    for one row, 1.9x (2.9x) for five, 1.1x (1.5x) for eighty. Training with `--adapt answer` takes
+    1.17x less for it (research/RESULTS.md).
     """
 
     def __init__(self, plain: nn.Linear):
@@ -348,9 +349,20 @@ class PackedLinear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.requires_grad:
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return PackedProduct.apply(x, self)
+
+
+class PackedProduct(torch.autograd.Function):
+    """y = W x + b by the packed W; the gradient for x is W^T of that for y, and W has none."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.layer.weight, None
 
 
 # ---------------------------------------------------------------------------------------- loading
