@@ -338,8 +338,8 @@ class PackedLinear(nn.Linear):
     reads it; otherwise torch reorders W in every product.
 
     Measured (tests/benchmark.py, the 0.5B, two cores) in bfloat16 (float32): 1.3x (1.6x) faster
-    for one row, 1.9x (2.9x) for five, 1.1x (1.5x) for eighty. Training with `--adapt answer` takes
-    1.17x less for it (research/RESULTS.md).
+    for one row, 1.9x (2.9x) for five, 1.1x (1.5x) for eighty; training is 1.2x faster in float32
+    (research/RESULTS.md).
     """
 
     def __init__(self, plain: nn.Linear):
