@@ -25,8 +25,8 @@ import evaluate
 import train
 from augment import Found
 from data import Sample
-from data.runs import (Kept, Lines, code_digest, definitions, forget, kept_stages, key_in, prune,
-                       read_run, stage)
+from data.runs import (Kept, Lines, agrees, code_digest, definitions, forget, kept_stages, key_in,
+                       prune, read_run, stage)
 from train import TINY, Agent, Config, fill_in, main, self_improve
 
 ROOT = Path(__file__).parent.parent
@@ -855,6 +855,12 @@ def test_nothing_is_pruned_under_a_run_that_has_only_read_so_far(tmp_path, loade
         prune(tmp_path)
     del reader
     assert len(prune(tmp_path)) == 3
+
+
+def test_what_a_stage_has_seen_that_is_no_stage_does_not_hide_who_reads_it():
+    """As the samples whose pairs another one learns (`--control other` of research/tasks)."""
+    key = {"stage": "T", "code": "1", "seen": [{"others": "ab"}, {"stage": "H", "code": "2"}]}
+    assert agrees(key, {}, {"T": "1", "H": "2"}) and not agrees(key, {}, {"T": "1", "H": "3"})
 
 
 def test_fresh_forgets_also_what_saw_lines_without_a_key(tmp_path):
