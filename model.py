@@ -185,6 +185,9 @@ class Attention(nn.Module):
         k, v = cache.append(self.layer, rotate(k, *rotation), v)
         q = rotate(q, *rotation)
         if visible is CAUSAL:           # torch's is_causal is top-left aligned: nothing is cached
+            if q.dtype == torch.float32:    # in it a GPU's kernels that hold no (new, new) matrix
+                shared = q.shape[1] // k.shape[1]               # want as many keys as queries
+                k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             y = attend(q, k, v, None if visible is ALL else visible)
@@ -517,17 +520,18 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
             if model.repetition_penalty != 1:   # looked-up tokens are in the cache, but they are
                                                 # copies: the set of tokens there is the same
                 step = penalised(own, cache.ids, model.repetition_penalty)
-            tokens = choose(step, temperature, top_p, generators)
+            chosen = choose(step, temperature, top_p, generators)               # (rows,)
+            numbers = [chosen.double()]         # in one tensor: a GPU is waited for once a token
             if temperature == 0:
                 log_p = own.log_softmax(-1)
-                entropy = torch.special.entr(log_p.exp()).sum(-1).tolist()
-                chosen = log_p[range(len(rows)), tokens].tolist()
-                for row, likelihood, spread in zip(rows, chosen, entropy):
-                    if not row.ended:
-                        row.log_p.append(likelihood)
-                        row.entropy.append(spread)
-            unread = [row.write(token, tokenizer.eos, max_new_tokens)
-                      for row, token in zip(rows, tokens)]
+                numbers.append(log_p.gather(1, chosen[:, None])[:, 0].double())
+                numbers.append(torch.special.entr(log_p.exp()).sum(-1).double())
+            unread = []
+            for row, (token, *stats) in zip(rows, torch.stack(numbers, 1).tolist()):
+                if stats and not row.ended:
+                    row.log_p.append(stats[0])
+                    row.entropy.append(stats[1])
+                unread.append(row.write(int(token), tokenizer.eos, max_new_tokens))
             if unread[0] != looked_up[agreed:agreed + 1]:       # [] behind the last: it differs
                 break
         if all([row.ended for row in rows]):
@@ -587,18 +591,19 @@ LIKELY = 256            # a nucleus is looked for among so many likely tokens fi
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float,
-           generators: Sequence[torch.Generator]) -> list[int]:
-    """A token for each row of logits (rows, vocab): the likeliest at temperature 0, else by nucleus
-    sampling (Holtzman et al. 2020) with one uniform number from the row's own CPU generator."""
+           generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """A token for each row of logits (rows, vocab), (rows,): the likeliest at temperature 0, else
+    by nucleus sampling (Holtzman et al. 2020) with one uniform number from the row's own CPU
+    generator."""
     if temperature == 0:
-        return logits.argmax(-1).tolist()
+        return logits.argmax(-1)
     p, ids = sorted_by_p((logits.float() / temperature).softmax(-1), top_p)
     cumulative = p.cumsum(-1)
     end = ((cumulative - p < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)     # of the nucleus
     uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
     drawn = uniform.to(p.device) * cumulative.gather(1, end)
     place = (cumulative <= drawn).sum(-1, keepdim=True).minimum(end)
-    return ids.gather(1, place)[:, 0].tolist()
+    return ids.gather(1, place)[:, 0]
 
 
 def sorted_by_p(p: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ from data import Sample
 from data.calls import (Call, Spelled, as_json, call_text, parse_calls, type_of, value_key)
 from data.runs import digest
 from evaluate import KNOWN, exact_match
-from research.scores import show
+from research.scores import numbered, show
 from train import exit_codes
 
 HAND_READ = Path(__file__).with_suffix(".json")     # digest: [can be known, why]
@@ -222,16 +222,6 @@ def held(samples: Sequence[Sample]) -> dict[str, list[str]]:
 def dialogues(samples: Sequence[Sample]) -> list[int]:
     """For each sample the number of its dialogue: where one's turns begin another's, it is one."""
     return numbered([[as_json(turn) for turn in x.messages] for x in samples])
-
-
-def numbered(parts: Sequence[Sequence[str]]) -> list[int]:
-    """For each sequence a number; it is the same where one begins the other."""
-    order, found, last = sorted(range(len(parts)), key=lambda i: list(parts[i])), {}, None
-    for i in order:
-        begins = last is not None and list(parts[i][:len(parts[last])]) == list(parts[last])
-        found[i] = found[last] if begins else len(set(found.values()))
-        last = last if begins else i
-    return [found[i] for i in range(len(parts))]
 
 
 # --- The table ------------------------------------------------------------------------------------

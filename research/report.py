@@ -31,8 +31,8 @@ from data import Sample
 from data.calls import Call, call_keys, items_of, parse_calls, type_of
 from data.runs import Record, Run, Verdict, digest
 from evaluate import printable
-from research.benchmarks import numbered, unknown
-from research.scores import interval, meaning, scored_runs, show
+from research.benchmarks import unknown
+from research.scores import dialogues, interval, meaning, scored_runs, show
 from train import exit_codes
 
 # --- Statistics: a gain is (S seeds, n samples) of -1, 0 or 1 -------------------------------------
@@ -137,7 +137,7 @@ def clusters_of(group: Group, draw: str) -> np.ndarray:
     """(n,) for each sample the number of what it is drawn with, as of DRAWS."""
     records = group.seeds[0]
     if draw == "dialogues":
-        return np.array(numbered([r.request.split() for r in records]))
+        return dialogues(records)
     if draw == "lists":                             # whose H failed has none
         lists = [str(sorted(r.candidates) or r.id) for r in records]
         return np.unique(lists, return_inverse=True)[1]

@@ -202,11 +202,15 @@ def qini(score: np.ndarray, gain: np.ndarray) -> dict[str, float]:
 
 # --- Is p(1) a probability? -----------------------------------------------------------------------
 
+def has_choice(r: Record) -> bool:
+    """Whether a record has a rival and a gold call."""
+    return len(r.candidates) > 1 and bool(parse_calls(r.gold).calls)
+
+
 def choices(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     """Of the m records that have a rival and a gold call: (m, N) l_n, nats, -inf beyond a sample's
     candidates; and (m,) which candidate is the first gold call's, -1 where none is."""
-    kept = [(r.candidates, parse_calls(r.gold).calls[0].name) for r in records
-            if len(r.candidates) > 1 and parse_calls(r.gold).calls]
+    kept = [(r.candidates, parse_calls(r.gold).calls[0].name) for r in records if has_choice(r)]
     scores = np.full((len(kept), max((len(l) for l, _ in kept), default=1)), -np.inf)
     for row, (candidates, _) in zip(scores, kept):
         row[:len(candidates)] = list(candidates.values())
@@ -257,13 +261,31 @@ def wrong_and_gain(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
 
 # --- The program ----------------------------------------------------------------------------------
 
-def with_intervals(measure: Callable[..., dict[str, float]], *columns: np.ndarray,
-                   digits: int = 2) -> dict[str, str]:
-    """Each measure of the columns as "0.71 [0.58, 0.83]", by 1,000 resamples of the samples (Efron
-    1979), which are the same for all columns of equal length."""
-    n, texts = len(columns[0]), {}
-    draws = np.random.default_rng(0).integers(n, size=(1000, n))
-    rows = [measure(*(column[draw] for column in columns)) for draw in draws]
+def numbered(parts: Sequence[Sequence[str]]) -> list[int]:
+    """For each sequence a number; it is the same where one begins the other."""
+    order, found, last = sorted(range(len(parts)), key=lambda i: list(parts[i])), {}, None
+    for i in order:
+        begins = last is not None and list(parts[i][:len(parts[last])]) == list(parts[last])
+        found[i] = found[last] if begins else len(set(found.values()))
+        last = last if begins else i
+    return [found[i] for i in range(len(parts))]
+
+
+def dialogues(records: Sequence[Record]) -> np.ndarray:
+    """(n,) for each record the number of its dialogue: of two whose requests begin one another it
+    is the same."""
+    return np.array(numbered([r.request.split() for r in records]), int)
+
+
+def with_intervals(measure: Callable[..., dict[str, float]], clusters: np.ndarray,
+                   *columns: np.ndarray, digits: int = 2) -> dict[str, str]:
+    """Each measure of the columns (n,) as "0.71 [0.58, 0.83]", by 1,000 resamples (Efron 1979) of
+    the clusters (n,), which are the same for all columns."""
+    members = [np.flatnonzero(clusters == each) for each in np.unique(clusters)]
+    rows, texts = [], {}
+    for drawn in np.random.default_rng(0).integers(len(members), size=(1000, len(members))):
+        draw = np.concatenate([members[each] for each in drawn])
+        rows.append(measure(*[column[draw] for column in columns]))
     for name, value in measure(*columns).items():
         low, high = interval(np.array([row[name] for row in rows]))
         texts[name] = f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -285,7 +307,8 @@ def show(tables: dict[str, list[dict]]) -> None:
             print("\n".join([title, "", *lines, ""]))
 
 
-def rank_scores(scores: dict[str, np.ndarray], error: np.ndarray) -> list[dict]:
+def rank_scores(scores: dict[str, np.ndarray], error: np.ndarray,
+                clusters: np.ndarray) -> list[dict]:
     """Which score ranks the errors first? The best score first, and by how much it leads."""
     if error.all() or not error.any():
         return [{"score": f"all {len(error)} direct answers are alike: nothing can be ranked"}]
@@ -299,7 +322,8 @@ def rank_scores(scores: dict[str, np.ndarray], error: np.ndarray) -> list[dict]:
         found, rank = scores[name], rankdata(scores[name])
         fpr, tpr, _ = roc_curve(error, rank, drop_intermediate=False)
         rows.append({
-            "score": name, **with_intervals(beside_the_best, found, error, scores[order[0]]),
+            "score": name,
+            **with_intervals(beside_the_best, clusters, found, error, scores[order[0]]),
             "AUPR": average_precision_score(error, rank), "FPR@95": fpr[tpr >= 0.95 - 1e-12][0]})
     return rows
 
@@ -309,11 +333,12 @@ def judge_calibration(records: Sequence[Record]) -> list[dict]:
     scores, gold = choices(records)
     if len(gold) == 0:
         return [{"p(1)": "no sample has more than one candidate"}]
+    own = dialogues([r for r in records if has_choice(r)])
     right, rows = scores.argmax(1) == gold, []
     for name, p in (("as it is", softmax(scores, axis=1).max(1)),
                     ("temperature, cross-fitted", cross_fitted(scores, gold))):
         rows.append({"p(1)": name, "n": len(p), "right": right.mean(),
-                     **with_intervals(calibration, p, right, digits=3)})
+                     **with_intervals(calibration, own, p, right, digits=3)})
     return rows
 
 
@@ -323,6 +348,7 @@ def judge_gate(run: Run, score: np.ndarray) -> list[dict]:
     adapted to has none."""
     flagged = np.array([r.uncertain for r in run.records])
     error, gain = wrong_and_gain(run.records)
+    own = dialogues(run.records)
     gates, rows = {f"this gate: {flagged.mean():.0%}": flagged}, []
     for percent in range(10, 101, 10):
         threshold = threshold_between(score, round(percent / 100 * len(score)))
@@ -330,7 +356,7 @@ def judge_gate(run: Run, score: np.ndarray) -> list[dict]:
     best, ideal = cumulative(score, gain).max() / len(gain), (gain > 0).mean()
     for label, on in gates.items():
         now, fixes = gain[on].sum() / len(gain), gate_rates(on, gain > 0)
-        rows.append({"adapted": label, **with_intervals(gate_rates, on, error),
+        rows.append({"adapted": label, **with_intervals(gate_rates, own, on, error),
                      **{f"{name} (fixes)": rate for name, rate in fixes.items()},
                      "fixed": (gain[on] > 0).sum(), "harmed": (gain[on] < 0).sum(),
                      "gain": 100 * now, "regret to best tau": 100 * (best - now),
@@ -343,10 +369,12 @@ def tables(run: Run) -> dict[str, list[dict]]:
     scores, gate = scores_of_run(run), run.config.get("gate_score")
     gate = gate if gate in scores else "margin"
     error, gain = wrong_and_gain(run.records)
-    area = with_intervals(qini, scores[gate], gain)["Qini"]
+    own = dialogues(run.records)
+    area = with_intervals(qini, own, scores[gate], gain)["Qini"]
     return {
-        f"{printable(run.folder.name)}: {len(error)} samples, {error.sum()} direct answers wrong. "
-        "Does a score rank those first?": rank_scores(scores, error),
+        f"{printable(run.folder.name)}: {len(error)} samples of {own.max() + 1} dialogues, "
+        f"{error.sum()} direct answers wrong. "
+        "Does a score rank those first?": rank_scores(scores, error, own),
         "Is p(1) the probability that the first candidate is the gold's tool?":
             judge_calibration(run.records),
         f"Is the gate ({gate}) useful, against wrong direct answers and what adapting fixes? Its "

@@ -8,7 +8,8 @@ from data import Sample, load
 from data.calls import Call, call_text
 from data.runs import digest
 from research import benchmarks
-from research.benchmarks import FOUND, listed, main, numbered
+from research.benchmarks import FOUND, listed, main
+from research.scores import numbered
 
 TOOLS = ({"name": "bookHotel", "description": "Book a room.", "parameters": {
     "city": {"type": "string"}, "nights": {"type": "integer"}, "day": {"type": "string"},

@@ -115,9 +115,20 @@ def test_the_first_choice_of_samples_that_have_one():
 
 def test_the_interval_of_a_mean_is_the_textbooks():
     x = np.random.default_rng(3).normal(size=400)
-    shown = scores.with_intervals(lambda x: {"mean": x.mean()}, x)["mean"]
+    shown = scores.with_intervals(lambda x: {"mean": x.mean()}, np.arange(400), x)["mean"]
     found = [float(number.strip("[,]")) for number in shown.split()]
     assert found == pytest.approx([x.mean(), x.mean() - 1.96 / 20, x.mean() + 1.96 / 20], abs=0.02)
+
+
+def test_samples_of_one_dialogue_are_drawn_together():
+    """Four copies of a sample say no more than one: the interval stays as wide."""
+    x = np.random.default_rng(3).normal(size=100)
+    widths = {}
+    for name, clusters in (("copies", np.arange(100).repeat(4)), ("apart", np.arange(400))):
+        shown = scores.with_intervals(lambda x: {"mean": x.mean()}, clusters, x.repeat(4))["mean"]
+        low, high = [float(number.strip("[,]")) for number in shown.split()[1:]]
+        widths[name] = high - low
+    assert widths["copies"] == pytest.approx(2 * widths["apart"], abs=0.03)
 
 
 def test_the_score_that_knows_is_ranked_first():
@@ -125,7 +136,7 @@ def test_the_score_that_knows_is_ranked_first():
     records = [record(i, i % 3 > 0, True, margin=i % 5 / 5) for i in range(30)]
     found, error = scores.scores_of(records), np.array([not r.base.exact for r in records])
     known = {name: found[name] for name in ("margin", "answer_nll", "random")}
-    best, *others = scores.rank_scores(known, error)
+    best, *others = scores.rank_scores(known, error, np.arange(30))
     assert (best["score"], best["AUROC"]) == ("answer_nll", "1.00 [1.00, 1.00]")
     assert (best["AUPR"], best["FPR@95"]) == (1, 0)
     assert all("0.00" not in other["the best's lead"] for other in others)
@@ -139,7 +150,7 @@ def test_the_program_prints_tables_and_says_where_nothing_can_be_ranked(tmp_path
     assert "all 2 direct answers are alike" in printed and "| this gate: 100% | 1.00 " in printed
 
 
-def plainly(measure, *columns, digits=2) -> dict[str, str]:
+def plainly(measure, clusters, *columns, digits=2) -> dict[str, str]:
     """The measures without their bootstrap."""
     return {name: f"{value:.{digits}f}" for name, value in measure(*columns).items()}
 
