@@ -1,10 +1,12 @@
 """What does a run look like? Who is sure, who is right, what adapting gains, learns and costs.
 
     python -m research.pictures RUN... --into plots
+    python tests/benchmark.py --growth --model DIR > growth.txt
+    python -m research.pictures --growth growth.txt --into plots
 
 It reads run folders and writes seven PNG files, of each run into a folder of its own; one sample at
-a time is told by research/page.py. The pictures that tell something stand in research/RESULTS.md,
-"Which uncertainty?".
+a time is told by research/page.py. The eighth is of the benchmark's table of seconds by length. The
+pictures that tell something stand in research/RESULTS.md.
 """
 import argparse
 import sys
@@ -143,6 +145,56 @@ def draw_losses(axes, run: Run) -> None:
     axes.set(xlabel="step", ylabel="loss on the pairs, nats a token")
 
 
+def growth_in(text: str) -> list[dict[str, float]]:
+    """The rows of the table that tests/benchmark.py --growth prints, by column; ValueError if there
+    is none. Seconds that were not measured are NaN."""
+    lines = text.splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("tokens tools ")]
+    if not heads:
+        raise ValueError("no table by length; tests/benchmark.py --growth prints one")
+    names, rows = lines[heads[-1]].split(), []
+    for line in lines[heads[-1] + 1:]:
+        if len(line.split()) == len(names):
+            rows.append(dict(zip(names, map(float, line.split()))))
+    return rows
+
+
+COSTS = {"plain": ("plainly, the adapter on all tokens", GREY, ":"),        # column -> its line
+         "an-uncertain-one,-full": ("uncertain, full", BLACK, "-"),
+         "an-uncertain-one,-suffix": ("uncertain, suffix", BLACK, "--"),
+         "an-uncertain-one,-answer": ("uncertain, answer", BLACK, "-."),
+         "a-certain-sample": ("certain", GREY, "-")}
+
+
+def draw_growth(axes, rows: Sequence[dict[str, float]]) -> None:
+    """Seconds of a sample by the length of its prompt, where it has the fewest tools; and a mark
+    where it has more."""
+    fewest = min([row["tools"] for row in rows])
+    for column, (name, color, line) in COSTS.items():
+        few = [row for row in rows if row["tools"] == fewest]
+        axes.plot([row["tokens"] for row in few], [row[column] for row in few], line, color=color,
+                  marker="o", markersize=3, label=name)
+        for row in rows:
+            if row["tools"] > fewest and row[column] == row[column]:        # not NaN
+                axes.annotate(f"{row['tools']:.0f}", (row["tokens"], row[column]), fontsize=7,
+                              color=color, ha="center", va="center")
+    axes.set(xlabel=f"tokens of the prompt ({fewest:.0f} tools; a number: so many)",
+             ylabel="seconds of a sample", xscale="log", yscale="log")
+
+
+def save(draw, data, title: str, file: Path) -> None:
+    """Draw one picture of some data into a file, and print its path."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.set_title(title)
+    draw(axes, data)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    print(file)
+
+
 PICTURES = {"reliability": (draw_reliability, "Is p(1) the probability of being right?"),
             "risk_coverage": (draw_risk_coverage, "Errors among the surest"),
             "margin": (draw_margin, "The margin of right and wrong direct answers"),
@@ -156,21 +208,19 @@ PICTURES = {"reliability": (draw_reliability, "Is p(1) the probability of being 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; gives its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--growth", type=Path, help="what tests/benchmark.py --growth printed")
     parser.add_argument("--into", type=Path, default=Path("plots"), help="the folder for the files")
     args = parser.parse_args(argv)
-    for run in assessed_runs(args.runs):
-        into = args.into / run.folder.name
-        into.mkdir(parents=True, exist_ok=True)
+    if not args.runs and not args.growth:
+        parser.error("give run folders, or --growth FILE")
+    for run in assessed_runs(args.runs) if args.runs else []:
         for name, (draw, title) in PICTURES.items():
-            figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-            axes.set_title(f"{title}\n{run.folder.name}, n = {len(run.records)}")
-            draw(axes, run)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8)
-            figure.savefig(into / f"{name}.png", dpi=120)
-            plt.close(figure)
-            print(into / f"{name}.png")
+            title = f"{title}\n{run.folder.name}, n = {len(run.records)}"
+            save(draw, run, title, args.into / run.folder.name / f"{name}.png")
+    if args.growth:
+        rows = growth_in(args.growth.read_text())
+        save(draw_growth, rows, "How the cost of a sample grows", args.into / "growth.png")
     return 0
 
 

@@ -1,4 +1,5 @@
 """The pictures: that they are drawn, and that what they show is the run's."""
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,3 +61,34 @@ def test_the_losses_of_all_adaptations_are_drawn_with_their_median():
     labels = axes.get_legend_handles_labels()[1]
     assert labels == ["right or wrong as before", "fixed", "median of 3"]
     pictures.draw_losses(plt.figure().add_subplot(), replace(RUN, records=[]))     # none: no curve
+
+
+GROWTH = """some sentence before
+tokens tools a-certain-sample an-uncertain-one,-answer an-uncertain-one,-suffix \
+an-uncertain-one,-full plain
+250 2 1.00 2.00 3.00 4.00 8.00
+4000 2 10.00 20.00 30.00 nan nan
+1000 8 3.00 5.00 7.00 9.00 40.00
+"""
+
+
+def test_the_growth_of_costs_is_drawn_from_the_benchmarks_table(tmp_path, capsys):
+    """A line for each cost over the rows with the fewest tools; the others are numbers beside."""
+    (tmp_path / "growth.txt").write_text(GROWTH)
+    args = ["--growth", str(tmp_path / "growth.txt"), "--into", str(tmp_path)]
+    assert pictures.main(args) == 0
+    assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
+    axes = plt.figure().add_subplot()
+    pictures.draw_growth(axes, pictures.growth_in(GROWTH))
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines["uncertain, answer"] == [[250, 2], [4000, 20]]
+    assert [text.get_text() for text in axes.texts] == ["8"] * 5
+    (tmp_path / "growth.txt").write_text("nothing\n")
+    assert pictures.main(args) == 2
+    assert "no table of seconds" in capsys.readouterr().err
+
+
+def test_the_benchmark_prints_the_columns_that_are_drawn():
+    told = runpy.run_path(str(Path(pictures.__file__).parent.parent / "tests" / "benchmark.py"))
+    printed = [name.replace(" ", "-") for name in told["ROWS"]]
+    assert set(pictures.COSTS) - {"plain"} <= set(printed)
