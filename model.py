@@ -312,11 +312,11 @@ class KVCache:
         values = [t.expand(rows, -1, -1, -1) for t in self.values]
         return KVCache(self.ids.expand(rows, -1), keys, values, self.length, self.holes)
 
-    def cut(self, length: int) -> None:
-        """Forget all but the first `length` slots."""
-        self.ids, self.length = self.ids[:, :length], length
-        self.keys = [t[:, :, :length] for t in self.keys]
-        self.values = [t[:, :, :length] for t in self.values]
+    def cut(self, length: int, rows: slice | list[int] = slice(None)) -> None:
+        """Forget all but the first `length` slots, of all rows or of those that stay."""
+        self.ids, self.length = self.ids[rows, :length], length
+        self.keys = [t[rows, :, :length] for t in self.keys]
+        self.values = [t[rows, :, :length] for t in self.values]
 
     @staticmethod
     def stack(caches: Sequence[KVCache]) -> KVCache:
@@ -495,54 +495,61 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
     """What follows each of several prompts of at least one token, which continue a cache each, if
     caches are given. temperature 0 is greedy; else each row draws from a generator seeded by its
     own key, so its text does not depend on its neighbours. Rows that have ended stay, as holes,
-    until all have. log_p and entropy are the model's own, whatever model.repetition_penalty is: so
-    they are comparable with l_n, and with those of another penalty. OverflowError if the context is
-    too short.
+    until they are half of those that are read; then they are dropped. log_p and entropy are the
+    model's own, whatever model.repetition_penalty is: so they are comparable with l_n, and with
+    those of another penalty. OverflowError if the context is too short.
 
     A row with a form, which its prompt has begun, ends with its last blank; the row's ids include
     the fixed parts between the blanks.
 
-    With one row, looked-up tokens are checked in the same pass; those that the model also chooses
-    are kept. Tool calls copy from the prompt, so the same text takes half the passes.
+    With one row, or one that is left, looked-up tokens are checked in the same pass; those that the
+    model also chooses are kept. Tool calls copy from the prompt, so the same text takes half the
+    passes.
     """
     cache = KVCache.stack(caches) if caches else KVCache()
     generators, rows = [seeded(*key) for key in keys], []
     for form in forms or [Form()] * len(prompts):
         rows.append(Decoded(Filling(list(form.blanks), tokenizer) if form.blanks else None))
-    unread, looked_up = prompts, []                 # what each row's next pass reads
+    live, unread, looked_up = rows, prompts, []     # the rows that are read; what a pass reads
     while True:
         hidden = model([[*ids, *looked_up] for ids in unread], cache)
         first = torch.tensor([len(ids) - 1 for ids in unread])          # where a choice follows
-        places = first[:, None] + torch.arange(len(looked_up) + 1)      # (rows, looked up + 1)
-        logits = model.lm_head(hidden[torch.arange(len(rows))[:, None], places]).float()
+        places = first[:, None] + torch.arange(len(looked_up) + 1)      # (live, looked up + 1)
+        logits = model.lm_head(hidden[torch.arange(len(live))[:, None], places]).float()
         for agreed in range(len(looked_up) + 1):    # looked-up tokens that were also chosen
-            step = own = logits[:, agreed]                                          # (rows, vocab)
+            step = own = logits[:, agreed]                                          # (live, vocab)
             if model.repetition_penalty != 1:   # looked-up tokens are in the cache, but they are
                                                 # copies: the set of tokens there is the same
                 step = penalised(own, cache.ids, model.repetition_penalty)
-            chosen = choose(step, temperature, top_p, generators)               # (rows,)
+            chosen = choose(step, temperature, top_p, generators)               # (live,)
             numbers = [chosen.double()]         # in one tensor: a GPU is waited for once a token
             if temperature == 0:
                 log_p = own.log_softmax(-1)
                 numbers.append(log_p.gather(1, chosen[:, None])[:, 0].double())
                 numbers.append(torch.special.entr(log_p.exp()).sum(-1).double())
             unread = []
-            for row, (token, *stats) in zip(rows, torch.stack(numbers, 1).tolist()):
+            for row, (token, *stats) in zip(live, torch.stack(numbers, 1).tolist()):
                 if stats and not row.ended:
                     row.log_p.append(stats[0])
                     row.entropy.append(stats[1])
                 unread.append(row.write(int(token), tokenizer.eos, max_new_tokens))
             if unread[0] != looked_up[agreed:agreed + 1]:       # [] behind the last: it differs
                 break
-        if all([row.ended for row in rows]):
+        left = [i for i, row in enumerate(live) if not row.ended]
+        if not left:
             break
         if looked_up:
             cache.cut(cache.length - len(looked_up) + agreed)
+        if 2 * len(left) <= len(live):
+            cache.cut(cache.length, left)
+            live, unread = [live[i] for i in left], [unread[i] for i in left]
+            generators = [generators[i] for i in left if generators]
         looked_up = []
-        if len(rows) == 1:
-            room = min(max_new_tokens - len(rows[0].ids) - 1,
+        if len(live) == 1:
+            room = min(max_new_tokens - len(live[0].ids) - 1,
                        model.config.max_position_embeddings - cache.length - len(unread[0]))
-            looked_up = look_up([*cache.ids[0].tolist(), *unread[0]])[:max(room, 0)]
+            read = [id for id in cache.ids[0].tolist() if id != PAD]
+            looked_up = look_up([*read, *unread[0]])[:max(room, 0)]
     for row in rows:
         row.text = tokenizer.decode(row.ids)
     return rows

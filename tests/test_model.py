@@ -216,8 +216,8 @@ def assert_same(rows: list[Decoded], expected: list[Decoded]) -> None:
 @pytest.mark.parametrize("penalty", [1.0, 1.3], ids=["", "with a penalty"])
 @pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_rows_of_a_batch_equal_each_decoded_alone_by_full_passes(how, penalty, model, tokenizer):
-    """Behind caches of their own, too, and in any order; who has ended is read no more. log_p and
-    entropy are the model's own; what pads a row is no token that a penalty counts."""
+    """Behind caches of their own, too, and in any order; once half have ended these are dropped.
+    log_p and entropy are the model's own; what pads a row is no token that a penalty counts."""
     model.repetition_penalty = penalty
     free = [plain(model, ids, how=how, generator=seeded(i)).ids for i, ids in enumerate(PROMPTS)]
     eos = frozenset((free[0][6], free[1][3]))
@@ -225,8 +225,11 @@ def test_rows_of_a_batch_equal_each_decoded_alone_by_full_passes(how, penalty, m
     assert len({len(row.ids) for row in alone}) > 2             # else the rows would end together
     caches = [read(model, [ids[:-2]]) for ids in PROMPTS]
     lasts, tokenizer = [ids[-2:] for ids in PROMPTS], ending(tokenizer, eos)
-    keys = [(i,) for i in range(4)]
+    keys, sizes = [(i,) for i in range(4)], []
+    model.register_forward_hook(lambda *passed: sizes.append(len(passed[2])))
     rows = generate(model, tokenizer, lasts, 16, caches, *how, keys)
+    lengths = sorted([len(row.ids) for row in alone])
+    assert sizes[0] == 4 and min(sizes) <= 2 and sizes.count(4) <= lengths[1] + 1
     assert_same(rows, alone)
     assert [row.text for row in rows] == [tokenizer.decode(row.ids) for row in alone]
     turned = generate(model, tokenizer, PROMPTS[::-1], 16, (), *how, keys[::-1])
