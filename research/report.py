@@ -243,6 +243,7 @@ def gains(groups: Sequence[Group], family: Sequence[Group], draw: str = "dialogu
            "uncertain": 100 * share(groups, lambda r: r.uncertain),
            "acted": 100 * share(groups, acted),
            "TPR": 100 * share(groups, acted, of=lambda r: not r.base.exact),
+           "changed": 100 * share(groups, lambda r: r.answer.text != r.base.text),
            "before": 100 * share(groups, lambda r: r.base.exact),
            "after": over_seeds(groups, lambda r: r.answer.exact),
            "gain": over_seeds(groups, gained, "+"),
