@@ -72,16 +72,19 @@ def reset(model: nn.Module) -> None:
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with a batch of adapters beside it. Row i of the input uses adapter i; a
-    single adapter serves all rows."""
+    """A linear layer with a batch of adapters beside it. Row i of the input uses adapter i, or
+    adapter rows[i] where a pass reads some rows of the batch; a single adapter serves all rows."""
 
     def __init__(self, base: nn.Linear, A: torch.Tensor, B: torch.Tensor, scale: float):
         super().__init__()
         self.base, self.A, self.B, self.scale = base, A, B, scale
+        self.rows: Sequence[int] = ()               # as of `Qwen2.read_only`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, new, in) -> (rows, new, out). The adapters are cast to the type of x."""
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        if self.rows and len(A) > 1:
+            A, B = A[self.rows], B[self.rows]
         return torch.baddbmm(self.base(x), x @ A.mT, B.mT.expand(len(x), -1, -1), alpha=self.scale)
 
 

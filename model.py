@@ -140,6 +140,13 @@ class Qwen2(nn.Module):
                 x = block(x, rotation, visible, cache)
         return self.model.norm(x)
 
+    def read_only(self, rows: Sequence[int]) -> None:
+        """Tell layers that have something for each row of a batch, as adapters, that from now on a
+        pass reads these rows alone; (): all."""
+        for layer in self.modules():
+            if hasattr(layer, "rows"):
+                layer.rows = rows
+
     def on_a_fork(self, block, x, rotation, visible, cache) -> torch.Tensor:
         """A block under checkpointing: it is passed twice, so what it caches is dropped."""
         return block(x, rotation, visible, cache.fork())
@@ -510,7 +517,8 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
     generators, rows = [seeded(*key) for key in keys], []
     for form in forms or [Form()] * len(prompts):
         rows.append(Decoded(Filling(list(form.blanks), tokenizer) if form.blanks else None))
-    live, unread, looked_up = rows, prompts, []     # the rows that are read; what a pass reads
+    live = list(enumerate(rows))                    # the rows that a pass reads, and their numbers
+    unread, looked_up = prompts, []                 # what it reads of each
     while True:
         hidden = model([[*ids, *looked_up] for ids in unread], cache)
         first = torch.tensor([len(ids) - 1 for ids in unread])          # where a choice follows
@@ -528,28 +536,31 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
                 numbers.append(log_p.gather(1, chosen[:, None])[:, 0].double())
                 numbers.append(torch.special.entr(log_p.exp()).sum(-1).double())
             unread = []
-            for row, (token, *stats) in zip(live, torch.stack(numbers, 1).tolist()):
+            for (_, row), (token, *stats) in zip(live, torch.stack(numbers, 1).tolist()):
                 if stats and not row.ended:
                     row.log_p.append(stats[0])
                     row.entropy.append(stats[1])
                 unread.append(row.write(int(token), tokenizer.eos, max_new_tokens))
             if unread[0] != looked_up[agreed:agreed + 1]:       # [] behind the last: it differs
                 break
-        left = [i for i, row in enumerate(live) if not row.ended]
+        left = [at for at, (_, row) in enumerate(live) if not row.ended]
         if not left:
             break
         if looked_up:
             cache.cut(cache.length - len(looked_up) + agreed)
         if 2 * len(left) <= len(live):
             cache.cut(cache.length, left)
-            live, unread = [live[i] for i in left], [unread[i] for i in left]
-            generators = [generators[i] for i in left if generators]
+            live, unread = [live[at] for at in left], [unread[at] for at in left]
+            generators = [generators[at] for at in left if generators]
+            model.read_only([number for number, _ in live])
         looked_up = []
         if len(live) == 1:
-            room = min(max_new_tokens - len(live[0].ids) - 1,
+            room = min(max_new_tokens - len(live[0][1].ids) - 1,
                        model.config.max_position_embeddings - cache.length - len(unread[0]))
             read = [id for id in cache.ids[0].tolist() if id != PAD]
             looked_up = look_up([*read, *unread[0]])[:max(room, 0)]
+    if len(live) < len(rows):
+        model.read_only(())
     for row in rows:
         row.text = tokenizer.decode(row.ids)
     return rows
