@@ -2,6 +2,7 @@
 alone, and the reset."""
 import json
 from contextlib import suppress
+from copy import copy
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from conftest import FAMILIES, logits, transformers_model, write_checkpoint
 from lora import (TARGETS, LoRALinear, adapters, load_adapter, new_params, reset,
                   save_adapter)
-from model import load_model, seeded
+from model import generate, load_model, seeded
 
 RANK, ALPHA, ROWS = 4, 8, 3
 
@@ -95,6 +96,25 @@ def test_adapters_in_a_batch_learn_as_each_does_alone(model):
 def test_one_adapter_serves_every_row_of_a_batch(model):
     with adapters(model, trained(model), ALPHA):
         assert near(model(tokens(ROWS)), torch.cat([model(row[None]) for row in tokens(ROWS)]))
+
+
+def test_a_row_that_is_left_in_a_batch_keeps_its_own_adapter(model, tokenizer):
+    """Greedy decoding drops rows that have ended; alone, with its adapter alone, a row writes the
+    same. Afterwards the whole batch is read again."""
+    params, ids, tokenizer = trained(model, ROWS), tokens(ROWS), copy(tokenizer)
+    tokenizer.eos, free, alone = frozenset(), [], []
+    for text in (free, alone):
+        for row, prompt in enumerate(ids.tolist()):
+            own = {name: tuple(t[row:row + 1] for t in pair) for name, pair in params.items()}
+            with adapters(model, own, ALPHA):
+                text.append(generate(model, tokenizer, [prompt], 16)[0].ids)
+        tokenizer.eos = frozenset([free[0][3], free[2][4]])         # for the second round
+    assert len({*map(len, alone)}) == ROWS              # else no row would be left alone
+    with adapters(model, params, ALPHA):
+        before = logits(model, ids)
+        written = generate(model, tokenizer, ids.tolist(), 16)
+        assert [row.ids for row in written] == alone
+        assert torch.equal(logits(model, ids), before)
 
 
 def test_what_an_interrupt_amid_the_reset_has_left_is_put_back(model, monkeypatch):
