@@ -242,6 +242,13 @@ def fast_paths(model: Qwen2) -> None:
         compare(f"attention by groups, {rows} x {new} queries",
                 lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True),
                 lambda: attend(q, k, v, mask))
+    steps = []
+    for fused in (False, True):
+        tensors = [t for pair in new_params(model, 8, [seeded(0)]).values() for t in pair]
+        for t in tensors:
+            t.grad = torch.randn_like(t)
+        steps.append(torch.optim.AdamW(tensors, weight_decay=0.0, fused=fused).step)
+    compare("a step of AdamW on an adapter", *steps)
     logits = 8 * torch.randn(1, c.vocab_size, device=device)         # peaked, as a model's are
     compare("a sampled token without sorting all",
             lambda: (logits / 0.7).softmax(-1).sort(descending=True, stable=True),
