@@ -503,44 +503,33 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
     caches are given. temperature 0 is greedy; else each row draws from a generator seeded by its
     own key, so its text does not depend on its neighbours. Rows that have ended stay, as holes,
     until they are half of those that are read; then they are dropped. log_p and entropy are the
-    model's own, whatever model.repetition_penalty is: so they are comparable with l_n, and with
-    those of another penalty. OverflowError if the context is too short.
+    model's own, comparable with l_n, whatever model.repetition_penalty is. OverflowError if the
+    context is too short.
 
     A row with a form, which its prompt has begun, ends with its last blank; the row's ids include
     the fixed parts between the blanks.
 
-    With one row, or one that is left, looked-up tokens are checked in the same pass; those that the
-    model also chooses are kept. Tool calls copy from the prompt, so the same text takes half the
-    passes.
+    Where one row is read, looked-up tokens are checked in the same pass; those that the model also
+    chooses are kept. Tool calls copy from the prompt, so the same text takes half the passes.
     """
     cache = KVCache.stack(caches) if caches else KVCache()
     generators, rows = [seeded(*key) for key in keys], []
     for form in forms or [Form()] * len(prompts):
         rows.append(Decoded(Filling(list(form.blanks), tokenizer) if form.blanks else None))
-    live = list(enumerate(rows))                    # the rows that a pass reads, and their numbers
-    unread, looked_up = prompts, []                 # what it reads of each
+    # the rows that a pass reads, with their numbers, and what it reads of each
+    live, unread, looked_up = list(enumerate(rows)), prompts, []
     while True:
         hidden = model([[*ids, *looked_up] for ids in unread], cache)
-        first = torch.tensor([len(ids) - 1 for ids in unread])          # where a choice follows
-        places = first[:, None] + torch.arange(len(looked_up) + 1)      # (live, looked up + 1)
+        first = torch.tensor([[len(ids) - 1] for ids in unread])        # where a choice follows
+        places = first + torch.arange(len(looked_up) + 1)               # (live, looked up + 1)
         logits = model.lm_head(hidden[torch.arange(len(live))[:, None], places]).float()
         for agreed in range(len(looked_up) + 1):    # looked-up tokens that were also chosen
             step = own = logits[:, agreed]                                          # (live, vocab)
-            if model.repetition_penalty != 1:   # looked-up tokens are in the cache, but they are
-                                                # copies: the set of tokens there is the same
+            if model.repetition_penalty != 1:   # looked-up tokens in the cache are copies: no more
                 step = penalised(own, cache.ids, model.repetition_penalty)
-            chosen = choose(step, temperature, top_p, generators)               # (live,)
-            numbers = [chosen.double()]         # in one tensor: a GPU is waited for once a token
-            if temperature == 0:
-                log_p = own.log_softmax(-1)
-                numbers.append(log_p.gather(1, chosen[:, None])[:, 0].double())
-                numbers.append(torch.special.entr(log_p.exp()).sum(-1).double())
-            unread = []
-            for (_, row), (token, *stats) in zip(live, torch.stack(numbers, 1).tolist()):
-                if stats and not row.ended:
-                    row.log_p.append(stats[0])
-                    row.entropy.append(stats[1])
-                unread.append(row.write(int(token), tokenizer.eos, max_new_tokens))
+            chosen = choose(step, own, temperature, top_p, generators)
+            unread = [row.write(*token, eos=tokenizer.eos, limit=max_new_tokens)
+                      for (_, row), token in zip(live, chosen)]
             if unread[0] != looked_up[agreed:agreed + 1]:       # [] behind the last: it differs
                 break
         left = [at for at, (_, row) in enumerate(live) if not row.ended]
@@ -557,8 +546,8 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
         if len(live) == 1:
             room = min(max_new_tokens - len(live[0][1].ids) - 1,
                        model.config.max_position_embeddings - cache.length - len(unread[0]))
-            read = [id for id in cache.ids[0].tolist() if id != PAD]
-            looked_up = look_up([*read, *unread[0]])[:max(room, 0)]
+            there = cache.ids[0][cache.ids[0] != PAD].tolist() + unread[0]
+            looked_up = look_up(there)[:max(room, 0)]
     if len(live) < len(rows):
         model.read_only(())
     for row in rows:
@@ -577,9 +566,12 @@ class Decoded:
     entropy: list[float] = field(default_factory=list)
     ended: bool = False
 
-    def write(self, token: int, eos: frozenset[int], limit: int) -> list[int]:
-        """Add a chosen token, or what the form puts in its place; gives what is read next, which
-        is a hole once the text has ended."""
+    def write(self, token: int, *stats: float, eos: frozenset[int], limit: int) -> list[int]:
+        """Add a chosen token, or what the form puts in its place, and its log_p and entropy, if
+        these are given. Gives what is read next, which is a hole once the text has ended."""
+        if stats and not self.ended:
+            self.log_p.append(stats[0])
+            self.entropy.append(stats[1])
         if self.ended or token in eos:
             new, self.ended = [], True
         elif self.filling is None:
@@ -608,20 +600,24 @@ def penalised(logits: torch.Tensor, ids: torch.Tensor, penalty: float) -> torch.
 LIKELY = 256            # a nucleus is looked for among so many likely tokens first
 
 
-def choose(logits: torch.Tensor, temperature: float, top_p: float,
-           generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """A token for each row of logits (rows, vocab), (rows,): the likeliest at temperature 0, else
-    by nucleus sampling (Holtzman et al. 2020) with one uniform number from the row's own CPU
-    generator."""
+def choose(logits: torch.Tensor, own: torch.Tensor, temperature: float, top_p: float,
+           generators: Sequence[torch.Generator]) -> list[list[float]]:
+    """A token for each row of logits (rows, vocab). At temperature 0 the likeliest, its
+    log-probability and the entropy (nats) by `own`, the logits without a penalty; else by nucleus
+    sampling (Holtzman et al. 2020) with one uniform number from the row's own CPU generator."""
     if temperature == 0:
-        return logits.argmax(-1)
+        tokens, log_p = logits.argmax(-1, keepdim=True), own.log_softmax(-1)
+        entropy = torch.special.entr(log_p.exp()).sum(-1, keepdim=True)
+        # in one tensor, so that a GPU is waited for once
+        rows = torch.cat((tokens.double(), log_p.gather(1, tokens), entropy), 1).tolist()
+        return [[int(token), *stats] for token, *stats in rows]
     p, ids = sorted_by_p((logits.float() / temperature).softmax(-1), top_p)
     cumulative = p.cumsum(-1)
     end = ((cumulative - p < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)     # of the nucleus
     uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
     drawn = uniform.to(p.device) * cumulative.gather(1, end)
     place = (cumulative <= drawn).sum(-1, keepdim=True).minimum(end)
-    return ids.gather(1, place)[:, 0]
+    return ids.gather(1, place).tolist()
 
 
 def sorted_by_p(p: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:

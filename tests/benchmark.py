@@ -252,7 +252,7 @@ def fast_paths(model: Qwen2) -> None:
     logits = 8 * torch.randn(1, c.vocab_size, device=device)         # peaked, as a model's are
     compare("a sampled token without sorting all",
             lambda: (logits / 0.7).softmax(-1).sort(descending=True, stable=True),
-            lambda: choose(logits, 0.7, 0.95, [seeded(0)]))
+            lambda: choose(logits, logits, 0.7, 0.95, [seeded(0)]))
 
 
 def together(model: Qwen2, tokenizer: Tokenizer, samples: list, size: int, config,

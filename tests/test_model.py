@@ -196,7 +196,7 @@ def plain(model, ids, eos=NEVER, limit=16, how=GREEDY, generator=None) -> Decode
         for token in {*ids, *written.ids}:
             factor = model.repetition_penalty
             last[0, token] *= factor if last[0, token] < 0 else 1 / factor
-        token, = choose(last, *how, [generator]).tolist()
+        token = int(choose(last, last, *how, [generator])[0][0])
         if how == GREEDY:
             written.log_p.append(float(log_p[token]))
             written.entropy.append(float(-(log_p.exp() * log_p).sum()))
@@ -330,9 +330,9 @@ def test_a_sampled_token_is_that_of_a_full_sort(top_p):
         p, order = (row.double() / 0.5).softmax(-1).sort(descending=True)
         size = max(1, int((p.cumsum(0) - p < top_p).sum()))
         u = torch.rand(1, generator=seeded(seed), dtype=torch.float64) * p[:size].sum()
-        expected.append(int(order[(p[:size].cumsum(0) <= u).sum()]))
-    assert choose(rows, 0.5, top_p, [*map(seeded, seeds)]).tolist() == expected
-    assert [int(choose(rows[i:i + 1], 0.5, top_p, [seeded(i)])) for i in seeds] == expected
+        expected.append([int(order[(p[:size].cumsum(0) <= u).sum()])])
+    assert choose(rows, rows, 0.5, top_p, [*map(seeded, seeds)]) == expected
+    assert [choose(rows[i:i + 1], rows, 0.5, top_p, [seeded(i)])[0] for i in seeds] == expected
 
 
 @pytest.mark.parametrize("scale, top_p, size", [
