@@ -38,10 +38,10 @@ from augment import Found, LocalWriter, ServerWriter, synthesize, try_call_first
 from data import Sample, Task, request_text, with_request
 from data.calls import call_start, call_text
 from data.chat import Tokenizer
-from data.runs import (NON_FINITE, Kept, Lines, Missing, Record, Run, adapter_folder, digest,
+from data.runs import (FREE, NON_FINITE, Kept, Lines, Missing, Record, Run, adapter_folder, digest,
                        forget, other_keys, out_of_memory, run_folder, stage)
 from evaluate import exact_match, join, printable
-from lora import TARGETS, Params, adapters, new_params, reset, save_adapter
+from lora import Params, adapters, new_params, reset, save_adapter
 from model import KVCache, Qwen2, find_checkpoint, fingerprint, generate, load_model, seeded
 from uncertainty import PrefixCaches, score_candidates, softmax_difference
 
@@ -115,8 +115,7 @@ def assess(agent: Agent, samples: Sequence[Sample], config: Config) -> list[Asse
         line = Assessed(x.id, "", request_text(x), dict(zip(actions, l.tolist())), u,
                         cache.length + 1, answer.text, answer.ids, answer.log_p, answer.entropy)
         if not all(map(math.isfinite, [u, *l.tolist(), *answer.log_p, *answer.entropy])):
-            line = Assessed(x.id, NON_FINITE, line.request, prompt_tokens=line.prompt_tokens,
-                            text=answer.text, ids=answer.ids)
+            line = replace(line, failed=NON_FINITE, candidates={}, margin=1.0, log_p=[], entropy=[])
         lines.append(line)
     return lines
 
@@ -132,8 +131,7 @@ class Adapted:
     losses: list[float] = field(default_factory=list)   # nats a token
     norms: list[float] = field(default_factory=list)    # of the gradient before it is clipped
     text: str = ""                      # the adapted answer
-    trained_tokens: int = 0
-    answer_tokens: int = 0
+    ids: list[int] = field(default_factory=list)        # its tokens, without the end token
     seconds: float = 0.0
 
 
@@ -173,11 +171,9 @@ def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Le
     for i, (x, answer) in enumerate(zip(samples, answers)):
         numbers = [*losses[i], *norms[i], *answer.log_p, *answer.entropy]
         finite = all(map(math.isfinite, numbers))
-        learnt = sum([len(part) for examples, _ in rounds for part in examples[i]])
         lines.append(Adapted(
             x.id, "" if finite else NON_FINITE, list(takewhile(math.isfinite, losses[i])),
-            list(takewhile(math.isfinite, norms[i])), answer.text,
-            config.epochs * learnt, len(answer.ids)))
+            list(takewhile(math.isfinite, norms[i])), answer.text, answer.ids))
         if config.keep_adapters and finite:
             base = TINY if config.model == "tiny" else config.model
             save_adapter(adapter_folder(config.out, x.id), params, config.alpha, base, row=i)
@@ -254,7 +250,7 @@ class Config:
                         *data.PUBLISHED)
     data: str = option("", RUN, "the benchmark's file or folder, or \"bundled\" for its stand-in "
                        "(default: $TTSI_DATA, the cache, a download); without --bench a file of "
-                       "your own, or the folder of one: JSON or JSON Lines, see data/README.md")
+                       "your own, or its folder (data/README.md)")
     ask: str = option("", RUN, "one request of your own; --data FILE tells what it may choose from "
                       "(a file of nothing else, or of samples: then what its first one may)")
     model: str = option("", RUN, "hub id, folder or tiny (default: Qwen2.5-1.5B-Instruct on a GPU, "
@@ -284,7 +280,7 @@ class Config:
     alpha: float = option(16.0, "T", "the adapter is scaled by alpha / r")
     epochs: int = option(5, "T", "passes over a sample's pairs")
     lr: float = option(0.0, "T", "peak learning rate (default: 1e-4, the paper's; tiny: 2e-3)")
-    batch: int = option(0, HOW, "samples at a time (0: 1 on a CPU, as many as fit on a GPU)")
+    batch: int = option(0, HOW, "samples at a time (0: 1 on a CPU, up to 16 on a GPU)")
     checkpointing: bool = option(False, HOW, "in training, less memory for more time")
     max_new_tokens: int = option(256, HOW, "longest answer, in tokens")
     repetition_penalty: str = option("1.0", HOW, "makes what stands in prompt and answer less "
@@ -301,22 +297,21 @@ class Config:
     fresh: bool = option(False, HOW, "forget what is kept of this configuration")
 
     def __post_init__(self):
-        allowed = []                                    # (option, whether it is, what it must be)
+        said, checks = str(self.repetition_penalty), []     # (option, does it hold, what must be)
         for name in ("k", "rank", "epochs", "max_new_tokens"):
-            allowed.append((name, getattr(self, name) >= 1, "1 or more"))
+            checks.append((name, getattr(self, name) >= 1, "1 or more"))
         for name in ("temperature", "lr", "limit", "batch"):
-            allowed.append((name, 0 <= getattr(self, name) < math.inf, "0 or more"))
-        allowed.append(("ask", not self.ask or self.ask.strip(), "a request"))
-        on = self.device in ("auto", "cpu") or self.device.startswith("cuda")
-        allowed.append(("device", on, "auto, cpu, cuda or cuda:N"))
-        allowed.append(("tau", 0 <= self.tau <= 1, "in [0, 1]"))
-        allowed.append(("top_p", 0 < self.top_p <= 1, "in (0, 1]"))
-        allowed.append(("alpha", 0 < self.alpha < math.inf, "above 0"))
-        said = str(self.repetition_penalty)
+            checks.append((name, 0 <= getattr(self, name) < math.inf, "0 or more"))
+        is_device = self.device in ("auto", "cpu") or self.device.startswith("cuda")
         is_number = said.replace(".", "", 1).isdecimal() and 0 < float(said) <= 10
-        allowed.append(("repetition_penalty", is_number or said == "checkpoint",
-                        'in (0, 10], or "checkpoint"'))
-        for name, holds, what in allowed:
+        checks += [("ask", not self.ask or self.ask.strip(), "a request"),
+                   ("device", is_device, "auto, cpu, cuda or cuda:N"),
+                   ("tau", 0 <= self.tau <= 1, "in [0, 1]"),
+                   ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+                   ("alpha", 0 < self.alpha < math.inf, "above 0"),
+                   ("repetition_penalty", is_number or said == "checkpoint",
+                    'in (0, 10], or "checkpoint"')]
+        for name, holds, what in checks:
             if not holds:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} {getattr(self, name)}: must be {what}")
@@ -397,34 +392,36 @@ def parse_args(argv: Sequence[str] | None, config: type = Config, text: str = __
 
 TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
+GPU_BATCH = 16          # where the memory does not hold as many, `Kept` halves it
 
 
-# options that are not written into a run's name
-SILENT = ("bench", "ask", "model", "method", "seed", "batch", "checkpointing", "out", "device",
-          "pack", "offline", "keep_adapters", "fresh")
+# options that a run's name does not tell as NAME=VALUE: these stand in it in any case
+SILENT = FREE - {"dtype"} | {"bench", "model", "method", "seed"}
 
 
 def fill_in(config: Config) -> Config:
     """Fill in what the user left open. The run folder's name tells what differs from the defaults;
     where two configurations could have that name, it ends in "*" for a digest. ValueError if it is
     not clear which file of a folder is meant."""
-    told, bench, own = [], config.bench or "nexusraven", Path(config.data).expanduser()
+    bench, told = config.bench or "nexusraven", []
     if config.repetition_penalty != "checkpoint":                   # 1 is 1.0
         config = replace(config, repetition_penalty=str(float(config.repetition_penalty)))
-    if config.data not in ("", "bundled") and not config.bench:      # own data, under its own name
-        files = sorted([*own.glob("*.json"), *own.glob("*.jsonl")])
-        if len(files) != 1 and own.is_dir():
-            raise ValueError(f"--data {config.data} has {len(files)} files .json and .jsonl: give "
-                             "one of them, or say --bench")
-        own = files[0] if own.is_dir() else own
-        bench = own.stem.encode(errors="replace")[:60].decode(errors="ignore")
-        bench = "ask" if config.ask else bench
-        config = replace(config, data=str(own))
+    if config.data not in ("", "bundled") and not config.bench:     # own data, under its own name
+        path = Path(config.data).expanduser()
+        if path.is_dir():
+            files = sorted([*path.glob("*.json"), *path.glob("*.jsonl")])
+            if len(files) != 1:
+                raise ValueError(f"--data {config.data} has {len(files)} files .json and .jsonl: "
+                                 "give one of them, or say --bench")
+            path = files[0]
+        stem = path.stem.encode(errors="replace")[:60].decode(errors="ignore")
+        bench, config = "ask" if config.ask else stem, replace(config, data=str(path))
     elif config.ask:
         raise ValueError("--ask needs --data FILE, without --bench: what may be chosen from")
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.name not in SILENT + ("data",) * (not config.bench) and value != f.default:
+        is_named = f.name in SILENT or f.name == "data" and not config.bench
+        if not is_named and value != f.default:
             told.append(f"{f.name}={Path(str(value)).resolve().name[:40]}")
     device, dtype = config.device, config.dtype
     if device == "auto":
@@ -456,10 +453,12 @@ def set_up(config: Config, task: Task = CALLING,
     sentence, for bad input."""
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {config.device}: torch finds no GPU here; use --device cpu")
-    what = "bundled samples, not the benchmark" if config.data == "bundled" else "the real samples"
-    what = f"the samples of {config.data}" if Path(config.data).expanduser().is_file() else what
-    what = f"{len(samples[:config.limit or None])} samples of its own" if samples else what
-    what = f"one request, with what {config.data} offers" if config.ask else what
+    said = {f"one request, with what {config.data} offers": config.ask,
+            "samples of its own": samples,
+            "bundled samples, not the benchmark": config.data == "bundled",
+            f"the samples of {config.data}": Path(config.data).expanduser().is_file(),
+            "the real samples": True}
+    what = next(what for what, holds in said.items() if holds)
     print(f"{config.bench}: {config.model} on {what}; {config.device}, {config.dtype}   (--model, "
           "--data and --device change it)", flush=True)
     samples = samples or data.load(config.bench, config.data, config.offline, config.ask)
@@ -468,25 +467,18 @@ def set_up(config: Config, task: Task = CALLING,
         me, facts = load_local(config.model, config)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
-    sides, there = 0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name, weight in me.model.named_parameters():
-        if name.split(".")[-2] in TARGETS and weight.dim() == 2:
-            sides += sum(weight.shape)
-    if config.device.startswith("cuda"):
-        _, there = torch.cuda.mem_get_info(config.device)
-    need = 16 * config.rank * sides     # A and B, their gradients, AdamW's two means; float32
-    if need > there:
-        raise ValueError(f"--rank {config.rank}: to train such an adapter takes {need / 2**30:.0f} "
-                         f"GiB, and {config.device} has {there / 2**30:.0f}; choose a smaller one")
+    width = me.model.config.hidden_size
+    if config.rank > width:             # B A of a higher rank is nothing that one of this is not
+        raise ValueError(f"--rank {config.rank}: must be at most the model's width, {width}")
     writer, who = me, "the model"
     if config.teacher_model:
         writer = ServerWriter(config.teacher, config.teacher_model, options=config.teacher_option)
         who = f"{config.teacher_model} at {config.teacher} {config.teacher_option}".strip()
     elif config.teacher:
         writer, who = load_local(config.teacher, config)
-    batch = config.batch or (1 if config.device == "cpu" else fitting(me, task, samples, config))
-    kind = torch.backends.cpu.get_cpu_capability() if config.device == "cpu" else \
-        torch.cuda.get_device_name(config.device)
+    batch, kind = config.batch or 1, torch.backends.cpu.get_cpu_capability()
+    if config.device != "cpu":
+        batch, kind = config.batch or GPU_BATCH, torch.cuda.get_device_name(config.device)
     facts |= {**task.code, "writer": who, "samples": digest(samples), "numerics": config.dtype,
               "device": kind, "batch": batch, "torch": torch.__version__,
               "python": sys.version.split()[0]}
@@ -519,23 +511,6 @@ def load_local(name: str, config: Config) -> tuple[LocalWriter, dict]:
     facts = {"weights": fingerprint(model), "shape": asdict(model.config),
              "tokenizer": tokenizer.digest, "penalty": model.repetition_penalty}
     return LocalWriter(model, tokenizer, PrefixCaches(model)), facts
-
-
-def fitting(me: LocalWriter, task: Task, samples: Sequence[Sample], config: Config) -> int:
-    """How many samples a GPU's free memory holds in training at once, by a count of what a layer
-    keeps for the backward pass. Where this estimate is too large, `Kept` halves it."""
-    longest, c = 0, me.model.config
-    for x in samples:
-        system, rest = me.tokenizer.chat(task.prompt(x))
-        longest = max(longest, len(system) + len(rest))
-    size = me.model.lm_head.weight.element_size()
-    # a token's norms in float32, attention, gate, up and their product; or a block's input alone
-    layer = 16 * c.hidden_size + 5 * c.intermediate_size
-    if config.checkpointing:
-        layer = 2 * c.hidden_size + layer // c.num_hidden_layers
-    token = size * c.num_hidden_layers * layer
-    free, _ = torch.cuda.mem_get_info(config.device)
-    return max(1, int(0.8 * free / (token * (longest + config.max_new_tokens))))
 
 
 def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callable = self_improve,
@@ -600,27 +575,22 @@ def improved(samples: Sequence[Sample], config: Config, kept: Kept, improve: Cal
         return {}
     for x, outcome in zip(samples, outcomes):
         h, g, t = outcome.h, outcome.g, outcome.t
-        uncertain = h.margin < config.tau
+        uncertain, verdicts, found = h.margin < config.tau, [], asdict(g or Found(x.id))
         kind, seconds = h.failed or ("direct" if uncertain else "certain"), {"H": h.seconds}
         if g:
             kind, seconds["G"] = g.failed or "no pair", g.seconds
         if t:
             kind, seconds["T"] = t.failed or "adapted", t.seconds
-        after, length = h.text, len(h.ids)
-        if t and not t.failed:
-            after, length = t.text, t.answer_tokens
-        base, answer = task.verdict(h.text, x), task.verdict(after, x)
-        cut = f"cut at {config.max_new_tokens} tokens"
-        if len(h.ids) >= config.max_new_tokens and base.exact is False:
-            base = replace(base, reason=f"{cut}: {base.reason}")
-        if length >= config.max_new_tokens and answer.exact is False:
-            answer = replace(answer, reason=f"{cut}: {answer.reason}")
+        for line in (h, t if t and not t.failed else h):
+            verdict = task.verdict(line.text, x)
+            if len(line.ids) >= config.max_new_tokens and verdict.exact is False:
+                reason = f"cut at {config.max_new_tokens} tokens: {verdict.reason}"
+                verdict = replace(verdict, reason=reason)
+            verdicts.append(verdict)
         record = Record(
             id=x.id, request=h.request or request_text(x), margin=None if h.failed else h.margin,
             uncertain=uncertain, outcome=kind, candidates=h.candidates,
-            base=base, answer=answer,
-            pairs=[asdict(pair) for pair in g.pairs] if g else [],
-            rejected=[asdict(each) for each in g.rejected] if g else [],
+            base=verdicts[0], answer=verdicts[1], pairs=found["pairs"], rejected=found["rejected"],
             losses=t.losses if t else [], norms=t.norms if t else [], seconds=seconds,
             gold=task.gold(x.answers or ()), log_p=h.log_p, entropy=h.entropy, ids=h.ids,
             prompt_tokens=h.prompt_tokens, extra=outcome.extra)

@@ -45,7 +45,7 @@ def answer_with(agent: Agent, samples: Samples, params: Params, config: train.Co
     caches, prompts = agent.prefixes.split(agent.tokenizer, chats, config.adapt)
     with adapters(agent.model, params, config.alpha):
         answers = generate(agent.model, agent.tokenizer, prompts, config.max_new_tokens, caches)
-    return [Adapted(x.id, text=answer.text, answer_tokens=len(answer.ids))
+    return [Adapted(x.id, text=answer.text, ids=answer.ids)
             for x, answer in zip(samples, answers)]
 
 
