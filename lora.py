@@ -57,14 +57,12 @@ def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[to
             setattr(layers[parent], child, adapted)
         yield [tensor for pair in params.values() for tensor in pair]
     finally:
-        for name in params:
-            parent, _, child = name.rpartition(".")
-            setattr(layers[parent], child, layers[name])
+        reset(model)
 
 
 def reset(model: nn.Module) -> None:
-    """Put back each original layer that has an adapter beside it still, as where an interrupt came
-    while `adapters` did so."""
+    """Put back each original layer that has an adapter beside it. What an interrupt amid it has
+    left, another call puts back."""
     for parent in [*model.modules()]:
         for name, layer in [*parent.named_children()]:
             if isinstance(layer, LoRALinear):
@@ -105,11 +103,14 @@ def save_adapter(folder: Path, params: Params, alpha: float, base: str | Path,
         indent=2) + "\n")
 
 
-# what peft says of a LoRA that is more than B A x beside the base's own weights
-NOT_PLAIN = ("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "alpha_pattern",
+# What peft may say of a LoRA that is not B A x alone, or not beside the base's own weights (PiSSA,
+# OLoRA and LoftQ start from others): of each name the values that are plain.
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",),
+         "init_lora_weights": (True, "gaussian", "orthogonal", "eva"), **dict.fromkeys([
+             "use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "alpha_pattern",
              "rank_pattern", "modules_to_save", "trainable_token_indices", "layer_replication",
              "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config",
-             "monteclora_config", "velora_config", "fan_in_fan_out")
+             "monteclora_config", "velora_config", "fan_in_fan_out"], ())}
 
 
 def load_adapter(folder: Path, model: nn.Module) -> tuple[Params, float]:
@@ -119,16 +120,10 @@ def load_adapter(folder: Path, model: nn.Module) -> tuple[Params, float]:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = load_file(folder / "adapter_model.safetensors")
         alpha, rank = float(config["lora_alpha"]), int(config["r"])
-        kind, start = config.get("peft_type", "LORA"), config.get("init_lora_weights", True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: no adapter in peft's format ({error})") from error
-    other = [name for name in NOT_PLAIN if config.get(name)]
-    if kind != "LORA":
-        other.append(kind)
-    if start not in (True, False, None, "gaussian", "orthogonal", "eva"):   # PiSSA, OLoRA, LoftQ:
-        other.append(f"{start}, which changes the base")                    # B A is not all of it
-    if config.get("bias", "none") != "none":
-        other.append("bias")
+    other = [f"{name} = {config[name]}" for name, plain in PLAIN.items()
+             if config.get(name) and config[name] not in plain]
     if other:
         raise ValueError(f"{folder}: only plain LoRA is implemented, without {', '.join(other)}")
     params, whole = {}, ()              # endings of all layers that it adapts, where it says so

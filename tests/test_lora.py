@@ -199,7 +199,7 @@ BROKEN = {      # a file, its bytes -> the broken ones, a word of the message
     "DoRA": (CONFIG, lambda b: b.replace(b"{", b'{"use_dora": true,'), "plain LoRA"),
     "trained biases": (CONFIG, lambda b: b.replace(b'"none"', b'"all"'), "plain LoRA"),
     "PiSSA": (CONFIG, lambda b: b.replace(b"{", b'{"init_lora_weights": "pissa_niter_4",'),
-              "plain LoRA.*pissa_niter_4, which changes the base"),
+              "plain LoRA.*init_lora_weights = pissa_niter_4"),
     "OLoRA": (CONFIG, lambda b: b.replace(b"{", b'{"init_lora_weights": "olora",'), "olora"),
     "aLoRA": (CONFIG, lambda b: b.replace(b"{", b'{"alora_invocation_tokens": [1, 2],'), "alora"),
     "IA3": (CONFIG, lambda b: b.replace(b'"LORA"', b'"IA3"'), "plain LoRA.*IA3"),

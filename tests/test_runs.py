@@ -699,7 +699,7 @@ def test_one_request_is_told_as_a_story_from_h_to_both_answers(tmp_path, monkeyp
     (["--ask", "x", "--data", "t.json", "--bench", "sealtool"], "--ask needs --data FILE"),
     (["--ask", "x", "--data", "t.json"], "t.json, item 0: no tool to call"),
     (["--ask", "x", "--data", "gone.json"], "no file gone.json"),
-    (["--rank", "100000000"], "--rank 100000000: must be at most the model's width, 64")])
+    (["--rank", "100000000"], "--rank 100000000: must be at most the model's width, 192")])
 def test_what_cannot_be_asked_or_does_not_fit_is_refused_before_anything_is_tried(
         tmp_path, monkeypatch, capsys, flags, said):
     monkeypatch.chdir(tmp_path)
