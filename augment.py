@@ -86,18 +86,18 @@ def synthesize(agent, samples: Sequence[Sample], config, h: dict) -> list[Found]
         if not todo:
             break
         for made in agent.task.tries[config.pair](agent.writer, todo, h, attempt, config):
-            own = found[made.sample.id]
-            own.texts += made.written
-            copied = any([made.request == p.request or made.text == p.text for p in own.pairs])
+            line = found[made.sample.id]
+            line.texts += made.written
+            copied = any([made.request == p.request or made.text == p.text for p in line.pairs])
             if copied and not made.reason:
                 made.reason = "copy of an earlier pair"
             problem = getattr(made.written[0], "problem", "")       # of a server: see Written
             if made.reason and problem:
                 made.reason = f"{problem}: {made.reason}"
             if made.reason:
-                own.rejected.append(Rejected(made.written[0], made.reason))
+                line.rejected.append(Rejected(made.written[0], made.reason))
             else:
-                own.pairs.append(Pair(made.request, made.text, made.read_back))
+                line.pairs.append(Pair(made.request, made.text, made.read_back))
     return list(found.values())
 
 
@@ -117,14 +117,12 @@ class Try:
 def try_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
                    config) -> list[Try]:
     """A call of the likeliest tool, and the request that it answers."""
-    prompts, directs = [], []
-    for x in samples:
-        directs.append(parse_calls(h[x.id].text).calls)
-        prompts.append(call_form(x, h[x.id], directs[-1]))
+    directs = [parse_calls(h[x.id].text).calls for x in samples]
+    prompts = [call_form(x, h[x.id], direct) for x, direct in zip(samples, directs)]
     keys = [(config.seed, x.id, "pair", attempt) for x in samples]
     texts = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature, config.top_p,
                    keys)
-    tries, unspoken = [], []
+    tries = []
     for x, direct, text in zip(samples, directs, texts):
         call, _, request = text.partition("\n")
         try:                            # one line: a server may say more below
@@ -137,12 +135,7 @@ def try_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: 
         # sharpen what the model calls, not how it writes: tags that it never writes cost the five
         # steps, which learn neither them nor the call.
         tries.append(Try(x, [text], request or "", call_text(new, like=h[x.id].text), reason))
-        values = [] if reason else list(new[0].arguments.values())
-        if not all([stands_in(value, request) for value in values]):
-            unspoken.append(tries[-1])
-    if unspoken:
-        read_back(writer, unspoken, h, config)
-    return tries
+    return read_back(writer, tries, h, config)
 
 
 # By declared type, how a value begins, which characters close it, how it ends, and the bracket that
@@ -161,7 +154,8 @@ def call_form(sample: Sample, line, direct: Sequence[Call]) -> Prompt:
     # tool, and the call that it then writes seldom fits the schema.
     name = max(line.candidates, key=line.candidates.get)
     tool = next(tool for tool in sample.tools if tool["name"] == name)
-    shown, required = (*direct, Call(name))[0], required_arguments(tool)
+    required = required_arguments(tool)
+    shown = (*direct, Call(name))[0]            # of whatever tool the direct answer calls first
     before, gaps = f'{{"name": {as_json(name)}, "arguments": {{', []
     for key, schema in tool["parameters"].items():
         # ours: an optional argument is given where the direct answer has it and x spells it: else
@@ -181,35 +175,34 @@ def call_form(sample: Sample, line, direct: Sequence[Call]) -> Prompt:
 
 
 def fault(new: Sequence[Call], direct: Sequence[Call], request: str | None, sample: Sample,
-          own: str) -> str:
+          asked: str) -> str:
     """Why written calls and their request are rejected; empty if they are kept. direct: the calls
-    of the direct answer; own: the sample's request."""
-    reasons = [check_call(call, sample.tools) for call in new]
-    if not new or any(reasons):
-        return next(filter(None, reasons), "no call could be read")
+    of the direct answer; asked: the sample's request."""
+    reasons = [check_call(call, sample.tools) for call in new] or ["no call could be read"]
+    if any(reasons):
+        return next(filter(None, reasons))
     if request is None:
         return "the request did not end"
-    written, before = call_keys(new, sample.tools), call_keys(direct, sample.tools)
-    if len(new) == 1 and written.keys() <= before.keys():
-        return "the direct answer again"
     if len(new) > 1:
         return "more than one call"
-    return check_request(request, sample, own)
+    if call_keys(new, sample.tools).keys() <= call_keys(direct, sample.tools).keys():
+        return "the direct answer again"
+    return check_request(request, sample, asked)
 
 
-def check_request(request: str, sample: Sample, own: str) -> str:
-    """Why a written request is rejected; empty if it is kept. own: the sample's request."""
+def check_request(request: str, sample: Sample, asked: str) -> str:
+    """Why a written request is rejected; empty if it is kept. asked: the sample's request."""
     plain = "".join(filter(str.isalnum, request.casefold()))
     if not plain:
         return "no request"
     if '{"' in request or "<tool_call>" in request:
         return "a call in place of a request"
-    if plain in "".join(filter(str.isalnum, own.casefold())):
+    if plain in "".join(filter(str.isalnum, asked.casefold())):
         return "copy of the seed request"
     for tool in sample.tools:
         name = tool["name"]
         is_word = re.fullmatch("[A-Z]?[a-z]+", name)        # `translate` is an ordinary word
-        if name in request and name not in own and not is_word:
+        if name in request and name not in asked and not is_word:
             return "the request names the tool"
     return ""
 
@@ -226,24 +219,28 @@ def stands_in(value: object, request: str) -> bool:
     return bool(named and re.search(whole, request, re.I))
 
 
-def read_back(writer: Writer, tries: Sequence[Try], h: dict, config) -> None:
-    """Reject each try whose calls the model does not also write greedily when it is given the
-    request and the first tool's name alone: the request does not determine some value. (It may
-    imply what it does not spell: CN is read from "China".)"""
-    calls = [parse_calls(made.text).calls for made in tries]
-    prompts = []
-    for made, (call, *_) in zip(tries, calls):
-        begun = f'{call_start(h[made.sample.id].text)}{as_json(call.name)[1:]}, "arguments":'
-        messages = call_prompt(with_request(made.sample, made.request))
-        prompts.append(Prompt(messages, "", Form(begun)))
-    keys = [(config.seed, made.sample.id, "read back") for made in tries]
-    texts = writer(prompts, MAX_CALL_TOKENS, 0.0, 1.0, keys)
-    for made, own, text in zip(tries, calls, texts):
-        read, tools = parse_calls(text).calls[:len(own)], made.sample.tools
+def read_back(writer: Writer, tries: Sequence[Try], h: dict, config) -> Sequence[Try]:
+    """The tries, now rejected where the request does not determine a value. A value that it does
+    not spell may be implied (CN by "China"): so the model, given the request and the first tool's
+    name alone, must write the same calls greedily."""
+    unspoken, prompts, keys = [], [], []
+    for made in [made for made in tries if not made.reason]:
+        calls = parse_calls(made.text).calls
+        values = [value for call in calls for value in call.arguments.values()]
+        if not all([stands_in(value, made.request) for value in values]):
+            name, start = as_json(calls[0].name), call_start(h[made.sample.id].text)
+            messages = call_prompt(with_request(made.sample, made.request))
+            prompts.append(Prompt(messages, "", Form(f'{start}{name[1:]}, "arguments":')))
+            keys.append((config.seed, made.sample.id, "read back"))
+            unspoken.append((made, calls))
+    texts = writer(prompts, MAX_CALL_TOKENS, 0.0, 1.0, keys) if prompts else []
+    for (made, calls), text in zip(unspoken, texts):
+        read, tools = parse_calls(text).calls[:len(calls)], made.sample.tools
         made.written.append(text)
-        made.read_back = call_keys(read, tools) == call_keys(own, tools)
+        made.read_back = call_keys(read, tools) == call_keys(calls, tools)
         if not made.read_back:
             made.reason = "a value cannot be read from the request"
+    return tries
 
 
 # ------------------------------------------------------------------ --pair joint: in one go, freely
@@ -256,22 +253,16 @@ def try_joint(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
     keys = [(config.seed, x.id, "pair", attempt) for x in samples]
     texts = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature, config.top_p,
                    keys)
-    tries, unspoken = [], []
+    tries = []
     for x, text in zip(samples, texts):
         line, _, rest = without_thinking(text).strip().partition("\n")
         request, calls = line.strip().removesuffix('"').strip(), parse_calls(rest).calls
         faults = [check_request(request, x, h[x.id].request),
-                  *[check_call(call, x.tools) for call in calls or [Call("")]]]
-        reason = next(filter(None, faults), "")
-        reason = reason if calls or faults[0] else "no call could be read"
-        own = call_text(calls, like=h[x.id].text)               # without text after it
-        tries.append(Try(x, [text], request, own, reason))
-        values = [value for call in calls for value in call.arguments.values()]
-        if not reason and not all([stands_in(value, request) for value in values]):
-            unspoken.append(tries[-1])
-    if unspoken:
-        read_back(writer, unspoken, h, config)
-    return tries
+                  *[check_call(call, x.tools) for call in calls]]
+        reason = next(filter(None, faults), "" if calls else "no call could be read")
+        new = call_text(calls, like=h[x.id].text)               # without text after it
+        tries.append(Try(x, [text], request, new, reason))
+    return read_back(writer, tries, h, config)
 
 
 # -------------------------------------------------------------------------------------- who writes

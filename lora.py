@@ -52,9 +52,7 @@ def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[to
         raise RuntimeError("the model has adapters already: leave the inner block first")
     try:
         for name, (A, B) in params.items():
-            parent, _, child = name.rpartition(".")
-            adapted = LoRALinear(layers[name], A, B, alpha / A.shape[1])
-            setattr(layers[parent], child, adapted)
+            model.set_submodule(name, LoRALinear(layers[name], A, B, alpha / A.shape[1]))
         yield [tensor for pair in params.values() for tensor in pair]
     finally:
         reset(model)
@@ -63,10 +61,9 @@ def adapters(model: nn.Module, params: Params, alpha: float) -> Iterator[list[to
 def reset(model: nn.Module) -> None:
     """Put back each original layer that has an adapter beside it. What an interrupt amid it has
     left, another call puts back."""
-    for parent in [*model.modules()]:
-        for name, layer in [*parent.named_children()]:
-            if isinstance(layer, LoRALinear):
-                setattr(parent, name, layer.base)
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, LoRALinear):
+            model.set_submodule(name, layer.base)
 
 
 class LoRALinear(nn.Module):

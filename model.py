@@ -50,21 +50,16 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read config.json; ValueError if it describes what this file does not implement, and
-        FileNotFoundError if there is none."""
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(why_unread(folder, "config.json", OSError()))
+        """Read config.json; ValueError if there is none, or it describes what this file does not
+        implement."""
         try:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            raw = dict(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
             raw = {key: value for key, value in raw.items() if value is not None}
             rope = {**raw.pop("rope_scaling", {}), **raw.pop("rope_parameters", {})}
             family = raw.get("model_type", "qwen2")
             raw = {**FAMILIES.get(family, {}), **raw, **rope}       # newer files: theta is in rope
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / 'config.json'}: holds no JSON object ({error})") from error
-        if "quantization_config" in raw:
-            raise ValueError(f"{folder}: config.json says that the weights are quantised; pass the "
-                             "checkpoint in bfloat16, float16 or float32")
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(why_unread(folder, "config.json", error)) from error
         ropes = ["default", "llama3"]
         implemented = {"model_type": [*FAMILIES], "hidden_act": ["silu"], "rope_type": ropes,
                        "type": ropes, "partial_rotary_factor": [1], "use_sliding_window": [False]}
@@ -72,15 +67,11 @@ class ModelConfig:
             if raw.get(key, known[0]) not in known:
                 raise ValueError(f"{folder}: config.json says {key} {raw[key]!r}; implemented is "
                                  f"{' or '.join(map(repr, known))}: pass another checkpoint")
-        given = {}
+        raw.setdefault("output_bias", raw.get("attention_bias", False))
         try:
-            raw.setdefault("output_bias", raw.get("attention_bias", False))
             if "llama3" in (rope.get("rope_type"), rope.get("type")):
                 raw["rope_scaling"] = tuple([float(rope[key]) for key in SCALING])
-            for f in fields(cls):
-                if f.name in raw:
-                    given[f.name] = raw[f.name]
-            return cls(**given)
+            return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
         except (TypeError, ValueError, KeyError) as error:          # names what is missing
             raise ValueError(f"{folder}: config.json is of no {family} model ({error})") from error
 
@@ -235,12 +226,8 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), in float32 up to the weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x.float()
@@ -410,12 +397,12 @@ def load_model(folder: Path, device: str | torch.device = "cpu",
     for one that is quantised or not finite. pack: as `PackedLinear`, where that can be."""
     with torch.device("meta"):
         model = Qwen2(ModelConfig.from_folder(folder))
-    index, names, state = folder / "model.safetensors.index.json", ["model.safetensors"], {}
+    index, names, state = "model.safetensors.index.json", ["model.safetensors"], {}
     try:
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if (folder / index).is_file():
+            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: damaged ({error!r}); download it again") from error
+        raise ValueError(why_unread(folder, index, error)) from error
     for file in names:
         try:
             tensors = load_file(folder / file)
@@ -431,22 +418,19 @@ def load_model(folder: Path, device: str | torch.device = "cpu",
     embedding, tied = state.get("model.embed_tokens.weight"), model.config.tie_word_embeddings
     if tied and embedding is not None:      # a head of its own beside "tied" is used, if it differs
         tied = torch.equal(state.setdefault("lm_head.weight", embedding), embedding)
-    wanted = model.state_dict()
-    for name in [*wanted, *state]:
-        there = list(state[name].shape) if name in state else "missing"
-        asked = list(wanted[name].shape) if name in wanted else "no such tensor"
-        if there != asked:
-            raise ValueError(f"{folder}: {name} is {there}, and config.json asks for {asked}; are "
-                             "the weights and config.json of one checkpoint?")
-    model.load_state_dict(state, strict=True, assign=True)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:                       # which names each tensor in lines of its own
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder}: are the weights and config.json of one checkpoint? {said:.200}"
+                         ) from error
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.requires_grad_(False)
     if pack and can_pack(dtype):
-        for parent in list(model.modules()):
-            for name, layer in parent.named_children():
-                if type(layer) is nn.Linear:
-                    setattr(parent, name, PackedLinear(layer))
+        for name, layer in [*model.named_modules()]:
+            if type(layer) is nn.Linear:
+                model.set_submodule(name, PackedLinear(layer))
     return model
 
 
@@ -515,7 +499,7 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
     cache = KVCache.stack(caches) if caches else KVCache()
     generators, rows = [seeded(*key) for key in keys], []
     for form in forms or [Form()] * len(prompts):
-        rows.append(Decoded(Filling(list(form.blanks), tokenizer) if form.blanks else None))
+        rows.append(Decoded(list(form.blanks)))
     # the rows that a pass reads, with their numbers, and what it reads of each
     live, unread, looked_up = list(enumerate(rows)), prompts, []
     while True:
@@ -528,7 +512,7 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
             if model.repetition_penalty != 1:   # looked-up tokens in the cache are copies: no more
                 step = penalised(own, cache.ids, model.repetition_penalty)
             chosen = choose(step, own, temperature, top_p, generators)
-            unread = [row.write(*token, eos=tokenizer.eos, limit=max_new_tokens)
+            unread = [row.write(*token, tokenizer=tokenizer, limit=max_new_tokens)
                       for (_, row), token in zip(live, chosen)]
             if unread[0] != looked_up[agreed:agreed + 1]:       # [] behind the last: it differs
                 break
@@ -559,28 +543,40 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
 class Decoded:
     """What was written for one prompt. log_p and entropy (nats) are of each token chosen and of the
     end token; of sampled tokens nobody reads them, and they stay empty."""
-    filling: Filling | None = None
+    blanks: list[Blank] = field(default_factory=list)   # of its form, that are not filled yet
     ids: list[int] = field(default_factory=list)        # without the end token
     text: str = ""                                      # of the ids, once all rows have ended
     log_p: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     ended: bool = False
+    escaped: bool = False       # a backslash in a blank stands before the next character
+    depth: int = 0              # brackets that the text of this blank has opened
 
-    def write(self, token: int, *stats: float, eos: frozenset[int], limit: int) -> list[int]:
-        """Add a chosen token, or what the form puts in its place, and its log_p and entropy, if
-        these are given. Gives what is read next, which is a hole once the text has ended."""
+    def write(self, token: int, *stats: float, tokenizer: Tokenizer, limit: int) -> list[int]:
+        """Add a chosen token, and its log_p and entropy, if these are given. If it closes a blank,
+        add what it has before the closing character and the blank's tail in its place; the token's
+        rest is dropped. Gives what is read next, which is a hole once the text has ended."""
         if stats and not self.ended:
             self.log_p.append(stats[0])
             self.entropy.append(stats[1])
-        if self.ended or token in eos:
-            new, self.ended = [], True
-        elif self.filling is None:
-            new = [token]
-        else:
-            new = self.filling.put(token)
-            self.ended = not new or not self.filling.blanks
+        new = [] if self.ended or token in tokenizer.eos else [token]
+        piece = tokenizer.decode(new) if self.blanks else ""
+        for i, character in enumerate(piece):
+            blank, escaped = self.blanks[0], self.escaped
+            self.escaped = character == "\\" and not escaped
+            if escaped:
+                continue
+            if character == blank.opening:
+                self.depth += 1
+            elif character in blank.closing and self.depth:
+                self.depth -= 1
+            elif character in blank.closing:
+                new = tokenizer.encode(piece[:i] + blank.tail)
+                del self.blanks[0]
+                self.ended = not self.blanks
+                break
         self.ids += new
-        self.ended = self.ended or len(self.ids) >= limit
+        self.ended = self.ended or not new or len(self.ids) >= limit
         return new or [PAD]
 
 
@@ -659,33 +655,6 @@ class Form:
     """A text with blanks: the fixed text before the first, and the blanks with their tails."""
     start: str = ""
     blanks: tuple[Blank, ...] = ()
-
-
-@dataclass
-class Filling:
-    """The blanks of a form that a row of `generate` has yet to fill."""
-    blanks: list[Blank]
-    tokenizer: Tokenizer
-    before: str = ""        # the character before
-    depth: int = 0          # brackets that this blank's text has opened
-
-    def put(self, token: int) -> list[int]:
-        """The tokens that stand in the text where `token` was chosen: itself, or if it closes a
-        blank what it has before the closing character, and the blank's tail; the token's rest is
-        dropped."""
-        piece, blank = self.tokenizer.decode([token]), self.blanks[0]
-        for i, character in enumerate(piece):
-            escaped, self.before = self.before == "\\", character
-            if escaped:
-                self.before = ""                # a second backslash escapes nothing
-            elif character == blank.opening:
-                self.depth += 1
-            elif character in blank.closing and self.depth:
-                self.depth -= 1
-            elif character in blank.closing:
-                del self.blanks[0]
-                return self.tokenizer.encode(piece[:i] + blank.tail)
-        return [token]
 
 
 def seeded(*key: str | int) -> torch.Generator:

@@ -17,7 +17,7 @@ from conftest import (CHATML, FAMILIES, LLAMA3, SCALING, logits, train_tokenizer
 from data.calls import Call, call_text
 from data.chat import Tokenizer
 from lora import adapters, new_params
-from model import (LIKELY, PAD, Blank, Decoded, Filling, Form, KVCache, ModelConfig,
+from model import (LIKELY, PAD, Blank, Decoded, Form, KVCache, ModelConfig,
                    PackedLinear, choose, find_checkpoint, fingerprint, generate, load_model,
                    look_up, seeded, sorted_by_p)
 
@@ -313,11 +313,11 @@ def test_a_form_is_filled_alone_and_beside_others_as_by_full_passes(model, token
 @pytest.mark.parametrize("closing, opening, text", [
     ('"', "", 'a \\"b\\\\'), ("]", "[", "[1], [2, [3]]"), ("}", "{", '"a": {"b": {}}, "c": {}')])
 def test_a_blank_goes_on_behind_a_backslash_and_within_brackets(closing, opening, text, tokenizer):
-    filling = Filling([Blank(closing, "end", opening)], tokenizer)
+    row = Decoded([Blank(closing, "end", opening)])
     for token in tokenizer.encode(text):
-        assert filling.put(token) == [token]
-    assert filling.put(*tokenizer.encode(closing)) == tokenizer.encode("end")
-    assert not filling.blanks
+        assert row.write(token, tokenizer=tokenizer, limit=99) == [token]
+    assert row.write(*tokenizer.encode(closing), tokenizer=tokenizer, limit=99) == tokenizer.encode("end")
+    assert row.ended and not row.blanks
 
 
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.95, 1.0])
@@ -474,8 +474,6 @@ WRONG = {       # what is done to a checkpoint's folder, a word of the message
     "an adapter beside a config": (lambda f: emptied(f, "adapter_config.json"), "without its base"),
     "a Git LFS pointer": (lambda f: (f / WEIGHTS).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git lfs pull"),
-    "said to be quantised": (lambda f: (f / CONFIG).write_text(json.dumps(
-        BARE | {"quantization_config": {"quant_method": "gptq"}})), "quantised; pass the check"),
     "weights in int8": (lambda f: quantised(f, torch.int8), "quantised .*int8.; pass"),
     "weights in FP8": (lambda f: quantised(f, torch.float8_e4m3fn), "quantised .*float8_e4m3fn"),
 }
