@@ -62,11 +62,12 @@ class ModelConfig:
             raise ValueError(why_unread(folder, "config.json", error)) from error
         ropes = ["default", "llama3"]
         implemented = {"model_type": [*FAMILIES], "hidden_act": ["silu"], "rope_type": ropes,
-                       "type": ropes, "partial_rotary_factor": [1], "use_sliding_window": [False]}
+                       "type": ropes, "partial_rotary_factor": [1], "use_sliding_window": [False],
+                       "quantization_config": [None]}
         for key, known in implemented.items():
             if raw.get(key, known[0]) not in known:
-                raise ValueError(f"{folder}: config.json says {key} {raw[key]!r}; implemented is "
-                                 f"{' or '.join(map(repr, known))}: pass another checkpoint")
+                raise ValueError(f"{folder}: config.json says {key} {raw[key]!r:.60}; implemented "
+                                 f"is {' or '.join(map(repr, known))}: pass another checkpoint")
         raw.setdefault("output_bias", raw.get("attention_bias", False))
         try:
             if "llama3" in (rope.get("rope_type"), rope.get("type")):

@@ -474,6 +474,8 @@ WRONG = {       # what is done to a checkpoint's folder, a word of the message
     "an adapter beside a config": (lambda f: emptied(f, "adapter_config.json"), "without its base"),
     "a Git LFS pointer": (lambda f: (f / WEIGHTS).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git lfs pull"),
+    "said to be quantised": (lambda f: (f / CONFIG).write_text(json.dumps(
+        BARE | {"quantization_config": {"quant_method": "gptq"}})), "quantization_config .*gptq"),
     "weights in int8": (lambda f: quantised(f, torch.int8), "quantised .*int8.; pass"),
     "weights in FP8": (lambda f: quantised(f, torch.float8_e4m3fn), "quantised .*float8_e4m3fn"),
 }
