@@ -586,12 +586,11 @@ def penalised(logits: torch.Tensor, ids: torch.Tensor, penalty: float) -> torch.
     by the penalty where positive, else multiplied (CTRL, Keskar et al. 2019), once for all times
     that it stands there, in the prompt or the answer. A hole is no token."""
     # ours: as transformers' generate() does, whose default is the checkpoint's own penalty.
-    vocab = logits.shape[1]
-    there = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
-    ids = ids.where(ids != PAD, vocab).to(logits.device)            # holes: a column of their own
-    there.scatter_(1, ids, True)
-    less = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(there[:, :vocab], less, logits)
+    ids = ids.where(ids != PAD, logits.shape[1]).to(logits.device)  # holes: a column of their own
+    logits = F.pad(logits, (0, 1))
+    there = logits.gather(1, ids)
+    less = torch.where(there < 0, there * penalty, there / penalty)
+    return logits.scatter(1, ids, less)[:, :-1]
 
 
 LIKELY = 256            # a nucleus is looked for among so many likely tokens first

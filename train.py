@@ -137,13 +137,11 @@ class Adapted:
 
 @stage("T", Adapted, "adapt", "rank", "alpha", "epochs", "lr", "seed")
 def adapt(agent: Agent, samples: Sequence[Sample], config: Config, g: Lines) -> list[Adapted]:
-    """T. The samples of a pass need equally many pairs, so this takes those that have as many as
-    the first; `Kept` calls it again with the others."""
-    alike = [x for x in samples if len(g[x.id].pairs) == len(g[samples[0].id].pairs)]
-    lessons = []                        # each sample's pairs: x' and y'
-    for x in alike:
+    """T: each sample's pairs are learnt."""
+    lessons = []
+    for x in samples:
         lessons.append([(with_request(x, pair.request), pair.text) for pair in g[x.id].pairs])
-    return learn(agent, alike, lessons, config)
+    return learn(agent, samples, lessons, config)
 
 
 Lesson = tuple[Sample, str]             # a sample x', and the answer y' to learn for it
@@ -152,9 +150,11 @@ Example = tuple[list[int], list[int]]   # the ids of a prompt, and of an answer 
 
 def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Lesson]],
           config: Config, params: Params | None = None) -> list[Adapted]:
-    """T for samples with equally many lessons: train an adapter for each (`params`, or fresh ones),
-    answer with it, and remove it."""
+    """T for the first sample and those with equally many lessons (`Kept` comes again with the
+    others): train an adapter for each (`params`, or fresh ones), answer with it, and remove it."""
     model, tokenizer, rounds, lines = agent.model, agent.tokenizer, [], []
+    alike = [i for i, own in enumerate(lessons) if len(own) == len(lessons[0])]
+    samples, lessons = [samples[i] for i in alike], [lessons[i] for i in alike]
     for one_each in zip(*lessons):              # the first lesson of each sample, the second, ...
         chats = [agent.task.prompt(x) for x, _ in one_each]
         caches, prompts = agent.prefixes.split(tokenizer, chats, config.adapt)
@@ -481,11 +481,10 @@ def set_up(config: Config, task: Task = CALLING,
         batch, kind = config.batch or GPU_BATCH, torch.cuda.get_device_name(config.device)
     facts |= {**task.code, "writer": who, "samples": digest(samples), "numerics": config.dtype,
               "device": kind, "batch": batch, "torch": torch.__version__,
-              "python": sys.version.split()[0]}
+              "python": sys.version.split()[0], "order": config.tools}
     if config.dtype != "float32":       # then the numbers depend on the batch size
         facts["numerics"] += f", {kind}, batch {batch}, torch {torch.__version__}"
-    facts["order"] = config.tools       # facts["samples"] are as given, the same for every seed
-    if config.tools == "shuffled":
+    if config.tools == "shuffled":      # facts["samples"] are as given, the same for every seed
         facts["order"] += f" by seed {config.seed}"
         samples = [data.shuffled(x, config.seed) for x in samples]
     return Agent(task, me.model, me.tokenizer, me.prefixes, writer, facts, batch), samples

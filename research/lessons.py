@@ -233,8 +233,7 @@ def gold_pair(agent: Agent, samples: Samples, config: LessonConfig, h: Lines,
 @stage("lessons", Looked, *adapt.stage.reads, "lesson", "measure_kl", "everyone")
 def learn_others(agent: Agent, samples: Samples, config: LessonConfig, g: Lines,
                  everyone: Lines) -> list[Adapted]:
-    """T with other lessons, for those samples that have as many as the first; with the KL, for the
-    first alone."""
+    """T with other lessons; with the KL, for the first sample alone."""
     lessons = []
     for x in samples:
         other = subject(x, config, everyone)
@@ -243,8 +242,7 @@ def learn_others(agent: Agent, samples: Samples, config: LessonConfig, g: Lines,
         lessons.append([(x, text) for _, text in own] if config.lesson == "gold" else own)
     if config.measure_kl:
         return [adapt_with(agent, samples[0], lessons[0], config, look=divergence)]
-    alike = [i for i, own in enumerate(lessons) if len(own) == len(lessons[0])]
-    return learn(agent, [samples[i] for i in alike], [lessons[i] for i in alike], config)
+    return learn(agent, samples, lessons, config)
 
 
 @torch.no_grad()

@@ -196,8 +196,7 @@ def assess_sampled(agent: Agent, samples: Samples, config: SampledConfig) -> lis
         line = Drawn(x.id, "", request_text(x), l, u, caches[i].length + 1, answer.text,
                      answer.ids, answer.log_p, answer.entropy, drawn=drawn)
         if not all(map(math.isfinite, [u, *l.values(), *answer.log_p, *answer.entropy])):
-            line = Drawn(x.id, NON_FINITE, line.request, prompt_tokens=line.prompt_tokens,
-                         text=answer.text, ids=answer.ids)
+            line = replace(line, failed=NON_FINITE, candidates={}, margin=1.0, log_p=[], entropy=[])
         lines.append(line)
     return lines
 
@@ -207,10 +206,9 @@ def assess_sampled(agent: Agent, samples: Samples, config: SampledConfig) -> lis
 @stage("other", Adapted, *adapt.stage.reads)
 def learn_of_others(agent: Agent, samples: Samples, config: TaskConfig, g: Lines,
                     others: Lines) -> list[Adapted]:
-    """T with the pairs of another sample each, for those that have as many as the first."""
+    """T with the pairs of another sample each."""
     lessons = [pairs_as_lessons(others[x.id], g[others[x.id].id]) for x in samples]
-    alike = [i for i, own in enumerate(lessons) if len(own) == len(lessons[0])]
-    return learn(agent, [samples[i] for i in alike], [lessons[i] for i in alike], config)
+    return learn(agent, samples, lessons, config)
 
 
 @stage("icl", Adapted)
