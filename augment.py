@@ -41,6 +41,7 @@ JOINT_START = '1. "{request}"\n2. "'
 TRIES = 3       # for each of the K pairs
 MAX_REQUEST_TOKENS = 128
 MAX_CALL_TOKENS = 192
+MAX_PAIR_TOKENS = MAX_REQUEST_TOKENS + MAX_CALL_TOKENS
 RETRIES = 5     # further tries of a request to a server that is busy, broken or late
 
 
@@ -120,8 +121,7 @@ def try_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: 
     directs = [parse_calls(h[x.id].text).calls for x in samples]
     prompts = [call_form(x, h[x.id], direct) for x, direct in zip(samples, directs)]
     keys = [(config.seed, x.id, "pair", attempt) for x in samples]
-    texts = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature, config.top_p,
-                   keys)
+    texts = writer(prompts, MAX_PAIR_TOKENS, config.temperature, config.top_p, keys)
     tries = []
     for x, direct, text in zip(samples, directs, texts):
         call, _, request = text.partition("\n")
@@ -251,8 +251,7 @@ def try_joint(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
     prompts = [Prompt([call_prompt(x)[0], {"role": "user", "content": ASK_JOINT}],
                       JOINT_START.format(request=h[x.id].request)) for x in samples]
     keys = [(config.seed, x.id, "pair", attempt) for x in samples]
-    texts = writer(prompts, MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, config.temperature, config.top_p,
-                   keys)
+    texts = writer(prompts, MAX_PAIR_TOKENS, config.temperature, config.top_p, keys)
     tries = []
     for x, text in zip(samples, texts):
         line, _, rest = without_thinking(text).strip().partition("\n")

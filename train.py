@@ -530,14 +530,13 @@ def run(agent: Agent, samples: Sequence[Sample], config: Config, improve: Callab
             print(told, flush=True)
     kept, code = Kept(agent, config), 0
     try:
-        with tqdm(total=len(share), unit="sample", dynamic_ncols=True, disable=process > 0) as bar:
-            for i in range(0, len(share), agent.batch):
-                batch = share[i:i + agent.batch]
-                records |= improved(batch, config, kept, improve, change)
-                bar.update(len(batch))
-                scores = [record.answer.exact for record in records.values()]
-                if None not in scores:
-                    bar.set_postfix_str(f"{sum(scores) / len(scores):.0%} right")
+        bar = tqdm(range(0, len(share), agent.batch), unit="batch", dynamic_ncols=True,
+                   disable=process > 0)
+        for i in bar:
+            records |= improved(share[i:i + agent.batch], config, kept, improve, change)
+            scores = [record.answer.exact for record in records.values()]
+            if None not in scores:
+                bar.set_postfix_str(f"{sum(scores) / len(scores):.0%} right")
     except KeyboardInterrupt:
         reset(agent.model)                              # it may have come amid a reset
         code = 130

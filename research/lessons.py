@@ -23,8 +23,9 @@ import torch.nn.functional as F
 
 import data
 import train
-from augment import (ASK_JOINT, JOINT_START, MAX_CALL_TOKENS, MAX_REQUEST_TOKENS, Found, Pair,
-                     Prompt, Try, Writer, check_request, synthesize, try_call_first, try_joint)
+from augment import (ASK_JOINT, JOINT_START, MAX_CALL_TOKENS, MAX_PAIR_TOKENS, MAX_REQUEST_TOKENS,
+                     Found, Pair, Prompt, Try, Writer, check_request, synthesize, try_call_first,
+                     try_joint)
 from data import Sample, Task, call_prompt, request_text, with_request
 from data.calls import Call, as_json, call_keys, call_text, check_call, parse_calls
 from data.runs import Kept, Lines, digest, stage
@@ -139,8 +140,8 @@ def try_shown(writer: Writer, samples: Samples, h: dict, attempt: int, config) -
         likeliest = Call(max(line.candidates, key=line.candidates.get))
         call = as_json(asdict((*parse_calls(line.text).calls, likeliest)[0]))
         starts.append(SHOWN_START.format(request=as_json(line.request), call=call))
-    written = written_for(writer, samples, ASK_SHOWN, starts, SHOWN_FORM,
-                          MAX_REQUEST_TOKENS + MAX_CALL_TOKENS, attempt, config)
+    written = written_for(writer, samples, ASK_SHOWN, starts, SHOWN_FORM, MAX_PAIR_TOKENS, attempt,
+                          config)
     for x, text in zip(samples, written):
         request, _, call = text.partition("\n")
         calls = parse_calls(call).calls
