@@ -138,12 +138,10 @@ def try_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: 
     return read_back(writer, tries, h, config)
 
 
-# By declared type, how a value begins, which characters close it, how it ends, and the bracket that
-# may be inside; else a string. The space before a number is the model's to write: its tokens may
-# begin with one.
-VALUES = {"array": (" [", "]", "]", "["), "object": (" {", "}", "}", "{"),
-          "integer": ("", ",}\n", "", ""), "number": ("", ",}\n", "", ""),
-          "boolean": ("", ",}\n", "", ""), "string": (' "', '"', '"', "")}
+# By declared type, how a value begins, which characters close it, and how it ends; else a string.
+# The space before a number is the model's to write: its tokens may begin with one.
+VALUES = {"array": (" [", "]", "]"), "object": (" {", "}", "}"),
+          **dict.fromkeys(["integer", "number", "boolean"], ("", ",}\n", ""))}
 
 
 def call_form(sample: Sample, line, direct: Sequence[Call]) -> Prompt:
@@ -162,13 +160,12 @@ def call_form(sample: Sample, line, direct: Sequence[Call]) -> Prompt:
         # the pair would teach to leave it out. Where x does not, the pair teaches just that.
         spoken = key in shown.arguments and stands_in(shown.arguments[key], line.request)
         if key in required or spoken:
-            begin, closing, end, opening = VALUES.get(type_of(schema)[0], VALUES["string"])
-            gaps.append((f"{before}{as_json(key)}:{begin}", closing, opening))
+            begin, closing, end = VALUES.get(type_of(schema)[0], (' "', '"', '"'))
+            gaps.append((f"{before}{as_json(key)}:{begin}", closing))
             before = f"{end}, "
-    gaps.append((before.removesuffix(", ") + '}}\n"', '"', ""))          # of the request
-    fixed = [text for text, _, _ in gaps] + ['"']
-    blanks = [Blank(closing, tail, opening)
-              for (_, closing, opening), tail in zip(gaps, fixed[1:])]
+    gaps.append((before.removesuffix(", ") + '}}\n"', '"'))             # of the request
+    fixed = [text for text, _ in gaps] + ['"']
+    blanks = [Blank(closing, tail) for (_, closing), tail in zip(gaps, fixed[1:])]
     start = PAIR_START.format(call=as_json(asdict(shown)), request=as_json(line.request))
     chat = [call_prompt(sample)[0], {"role": "user", "content": ASK_PAIR}]
     return Prompt(chat, start, Form(fixed[0], tuple(blanks)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -421,17 +422,17 @@ def load_model(folder: Path, device: str | torch.device = "cpu",
         tied = torch.equal(state.setdefault("lm_head.weight", embedding), embedding)
     try:
         model.load_state_dict(state, assign=True)
-    except RuntimeError as error:                       # which names each tensor in lines of its own
-        said = " ".join(str(error).split())
-        raise ValueError(f"{folder}: are the weights and config.json of one checkpoint? {said:.200}"
-                         ) from error
+    except RuntimeError as error:       # which names the tensors, in several lines
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}: the weights and config.json do not fit: {said}") from error
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.requires_grad_(False)
-    if pack and can_pack(dtype):
-        for name, layer in [*model.named_modules()]:
-            if type(layer) is nn.Linear:
-                model.set_submodule(name, PackedLinear(layer))
+    if pack:
+        with suppress(AttributeError, RuntimeError):    # where this torch or CPU has no such order
+            for name, layer in [*model.named_modules()]:
+                if type(layer) is nn.Linear:
+                    model.set_submodule(name, PackedLinear(layer))
     return model
 
 
@@ -453,15 +454,6 @@ def why_unread(folder: Path, file: str, error: Exception) -> str:
         for other in sorted(folder.glob(pattern)):
             return f"{folder}: no {file}, but {other.name}; {advice}"
     return f"{folder}: no {file}: this is no checkpoint, or not all of it, or no safetensors"
-
-
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch and this CPU have what PackedLinear needs."""
-    try:
-        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), 16)
-    except (AttributeError, RuntimeError):
-        return False
-    return True
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -567,7 +559,7 @@ class Decoded:
             self.escaped = character == "\\" and not escaped
             if escaped:
                 continue
-            if character == blank.opening:
+            if character == BRACKETS.get(blank.closing):
                 self.depth += 1
             elif character in blank.closing and self.depth:
                 self.depth -= 1
@@ -593,6 +585,7 @@ def penalised(logits: torch.Tensor, ids: torch.Tensor, penalty: float) -> torch.
     return logits.scatter(1, ids, less)[:, :-1]
 
 
+BRACKETS = {"]": "[", "}": "{"}
 LIKELY = 256            # a nucleus is looked for among so many likely tokens first
 
 
@@ -647,7 +640,6 @@ class Blank:
     a backslash stands before it or it closes a bracket that the blank's own text has opened."""
     closing: str
     tail: str               # the fixed text that follows
-    opening: str = ""       # the bracket that `closing` closes, if it is one
 
 
 @dataclass(frozen=True)

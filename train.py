@@ -153,7 +153,7 @@ def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Le
     """T for the first sample and those with equally many lessons (`Kept` comes again with the
     others): train an adapter for each (`params`, or fresh ones), answer with it, and remove it."""
     model, tokenizer, rounds, lines = agent.model, agent.tokenizer, [], []
-    alike = [i for i, own in enumerate(lessons) if len(own) == len(lessons[0])]
+    alike = [i for i, each in enumerate(lessons) if len(each) == len(lessons[0])]
     samples, lessons = [samples[i] for i in alike], [lessons[i] for i in alike]
     for one_each in zip(*lessons):              # the first lesson of each sample, the second, ...
         chats = [agent.task.prompt(x) for x, _ in one_each]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 
 if not __package__:
     print("Call it in the project's folder as: python -m research.lessons", file=sys.stderr)
@@ -32,7 +32,7 @@ from data.runs import Kept, Lines, digest, stage
 from lora import Params, adapters
 from model import Blank, Form, seeded
 from research import benchmarks
-from research.stream import Looked, Samples, adapt_with, pairs_as_lessons
+from research.stream import Looked, Samples, adapt_with, pairs_as_lessons, written
 from train import Adapted, Agent, Outcome, adapt, assess, learn, option
 
 ASK_SHOWN = """Write two requests that a user may make of these tools, and under each the tool \
@@ -65,17 +65,6 @@ class LessonConfig(train.Config):
 
 # ---------------------------------------------------------- how pairs are written, which are kept
 
-def written_for(writer: Writer, samples: Samples, ask: str, starts: Sequence[str],
-                form: Form, limit: int, attempt: int, config) -> list[str]:
-    """What the writer is asked for, for each sample, as augment.py draws it."""
-    prompts, keys = [], []
-    for x, start in zip(samples, starts):
-        chat = [call_prompt(x)[0], {"role": "user", "content": ask}]
-        prompts.append(Prompt(chat, start, form))
-        keys.append((config.seed, x.id, "pair", attempt))
-    return writer(prompts, limit, config.temperature, config.top_p, keys)
-
-
 def answers(writer: Writer, tries: Sequence[Try], attempt: int, config) -> list[list[str]]:
     """For each try, LABELS sampled answers to its request, which are noted as written."""
     if not tries:
@@ -84,8 +73,8 @@ def answers(writer: Writer, tries: Sequence[Try], attempt: int, config) -> list[
     for made in tries:
         prompts += [Prompt(call_prompt(with_request(made.sample, made.request)))] * LABELS
         keys += [(config.seed, made.sample.id, "label", attempt, i) for i in range(LABELS)]
-    written = iter(writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys))
-    texts = [list(islice(written, LABELS)) for _ in tries]
+    labels = iter(writer(prompts, MAX_CALL_TOKENS, config.temperature, config.top_p, keys))
+    texts = [list(islice(labels, LABELS)) for _ in tries]
     for made, own in zip(tries, texts):
         made.written += own
     return texts
@@ -118,9 +107,9 @@ def valid(texts: Sequence[str], sample: Sample) -> list[str]:
 def try_request_first(writer: Writer, samples: Samples, h: dict, attempt: int, config) -> list[Try]:
     """A new request, and what at least AGREE of LABELS answers to it call that fit the tools."""
     starts = [JOINT_START.format(request=h[x.id].request) for x in samples]
-    written, tries = written_for(writer, samples, ASK_REQUEST, starts, Form(), MAX_REQUEST_TOKENS,
-                                 attempt, config), []
-    for x, text in zip(samples, written):
+    texts, tries = written(writer, samples, ASK_REQUEST, starts, repeat(Form()),
+                           MAX_REQUEST_TOKENS, attempt, config), []
+    for x, text in zip(samples, texts):
         request = text.strip().partition("\n")[0].strip().removesuffix('"').strip()
         tries.append(Try(x, [text], request, "", check_request(request, x, h[x.id].request)))
     sound = [made for made in tries if not made.reason]
@@ -140,9 +129,9 @@ def try_shown(writer: Writer, samples: Samples, h: dict, attempt: int, config) -
         likeliest = Call(max(line.candidates, key=line.candidates.get))
         call = as_json(asdict((*parse_calls(line.text).calls, likeliest)[0]))
         starts.append(SHOWN_START.format(request=as_json(line.request), call=call))
-    written = written_for(writer, samples, ASK_SHOWN, starts, SHOWN_FORM, MAX_PAIR_TOKENS, attempt,
-                          config)
-    for x, text in zip(samples, written):
+    texts = written(writer, samples, ASK_SHOWN, starts, repeat(SHOWN_FORM), MAX_PAIR_TOKENS,
+                    attempt, config)
+    for x, text in zip(samples, texts):
         request, _, call = text.partition("\n")
         calls = parse_calls(call).calls
         made = Try(x, [text], "", call_text(calls, like=h[x.id].text), check_calls(calls, x))

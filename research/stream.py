@@ -10,7 +10,7 @@ research/RESULTS.md, "What is the reset for?".
 """
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +19,7 @@ if not __package__:
     sys.exit(2)
 
 import train
-from augment import Found, synthesize
+from augment import Form, Found, Prompt, Writer, synthesize
 from data import Sample, call_prompt, with_request
 from data.runs import Kept, Lines, Missing, stage
 from lora import Params, adapters, new_params
@@ -47,6 +47,19 @@ def answer_with(agent: Agent, samples: Samples, params: Params, config: train.Co
         answers = generate(agent.model, agent.tokenizer, prompts, config.max_new_tokens, caches)
     return [Adapted(x.id, text=answer.text, ids=answer.ids)
             for x, answer in zip(samples, answers)]
+
+
+def written(writer: Writer, samples: Samples, ask: str, starts: Sequence[str],
+            forms: Iterable[Form], limit: int, attempt: int, config: train.Config,
+            prompt: Callable[[Sample], list[dict]] = call_prompt) -> list[str]:
+    """What the writer is asked for, once for each sample, drawn as augment.py does: `ask` takes the
+    place of the request, behind the sample's system turn; the answer begins with start and form."""
+    prompts, keys = [], []
+    for x, start, form in zip(samples, starts, forms):
+        chat = [prompt(x)[0], {"role": "user", "content": ask}]
+        prompts.append(Prompt(chat, start, form))
+        keys.append((config.seed, x.id, "pair", attempt))
+    return writer(prompts, limit, config.temperature, config.top_p, keys)
 
 
 def fresh(agent: Agent, name: str, config: train.Config) -> Params:

@@ -310,10 +310,10 @@ def test_a_form_is_filled_alone_and_beside_others_as_by_full_passes(model, token
     assert fill(0, 2, limit=4) == [*fill(0, limit=4), free]     # a form ends at the limit, too
 
 
-@pytest.mark.parametrize("closing, opening, text", [
-    ('"', "", 'a \\"b\\\\'), ("]", "[", "[1], [2, [3]]"), ("}", "{", '"a": {"b": {}}, "c": {}')])
-def test_a_blank_goes_on_behind_a_backslash_and_within_brackets(closing, opening, text, tokenizer):
-    row = Decoded([Blank(closing, "end", opening)])
+@pytest.mark.parametrize("closing, text", [
+    ('"', 'a \\"b\\\\'), ("]", "[1], [2, [3]]"), ("}", '"a": {"b": {}}, "c": {}')])
+def test_a_blank_goes_on_behind_a_backslash_and_within_brackets(closing, text, tokenizer):
+    row = Decoded([Blank(closing, "end")])
     for token in tokenizer.encode(text):
         assert row.write(token, tokenizer=tokenizer, limit=99) == [token]
     assert row.write(*tokenizer.encode(closing), tokenizer=tokenizer, limit=99) == tokenizer.encode("end")

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 
 import train
-from augment import Form, Prompt, Writer, synthesize
+from augment import synthesize
 from data import Sample, Task, request_text
 from data.formats import json_lines
 from data.runs import (NON_FINITE, Kept, Lines, Record, code_digest, digest, read_run, run_folder,
                        stage)
 from evaluate import summarise
 from model import KVCache, generate, seeded
-from research.stream import Samples, answer_with, pairs_as_lessons
+from research.stream import Samples, answer_with, pairs_as_lessons, written
 from train import Adapted, Agent, Assessed, Outcome, adapt, assess, learn, option
 from uncertainty import score_candidates, softmax_difference
 
@@ -116,19 +116,6 @@ def ask_for(system: str, x: Sample, ask: str) -> list[dict]:
     """The messages that ask for an answer: a system text, and x's last turn with what is asked."""
     return [{"role": "system", "content": system},
             {"role": "user", "content": x.messages[-1]["content"] + ask}]
-
-
-def written(writer: Writer, samples: Samples, ask: str, starts: Sequence[str],
-            forms: Sequence[Form], limit: int, attempt: int, config: train.Config,
-            prompt: Callable[[Sample], list[dict]]) -> list[str]:
-    """What the writer is asked for, once for each sample: `ask` takes the place of the request,
-    behind the sample's system turn; the answer begins with its start and form."""
-    prompts, keys = [], []
-    for x, start, form in zip(samples, starts, forms):
-        chat = [prompt(x)[0], {"role": "user", "content": ask}]
-        prompts.append(Prompt(chat, start, form))
-        keys.append((config.seed, x.id, "pair", attempt))
-    return writer(prompts, limit, config.temperature, config.top_p, keys)
 
 
 def is_copy(text: str, of: str) -> bool:
