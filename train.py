@@ -170,11 +170,10 @@ def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Le
     # l.9  the reset: on leaving the block the adapters are gone, and the model is theta_0 again
     for i, (x, answer) in enumerate(zip(samples, answers)):
         numbers = [*losses[i], *norms[i], *answer.log_p, *answer.entropy]
-        finite = all(map(math.isfinite, numbers))
-        lines.append(Adapted(
-            x.id, "" if finite else NON_FINITE, list(takewhile(math.isfinite, losses[i])),
-            list(takewhile(math.isfinite, norms[i])), answer.text, answer.ids))
-        if config.keep_adapters and finite:
+        failed = "" if all(map(math.isfinite, numbers)) else NON_FINITE
+        lines.append(Adapted(x.id, failed, list(takewhile(math.isfinite, losses[i])),
+                             list(takewhile(math.isfinite, norms[i])), answer.text, answer.ids))
+        if config.keep_adapters and not failed:
             base = TINY if config.model == "tiny" else config.model
             save_adapter(adapter_folder(config.out, x.id), params, config.alpha, base, row=i)
     return lines
@@ -393,9 +392,7 @@ def parse_args(argv: Sequence[str] | None, config: type = Config, text: str = __
 TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
 GPU_BATCH = 16          # where the memory does not hold as many, `Kept` halves it
-
-
-# options that a run's name does not tell as NAME=VALUE: these stand in it in any case
+# options that a run's name does not tell as NAME=VALUE; the last four stand in it in any case
 SILENT = FREE - {"dtype"} | {"bench", "model", "method", "seed"}
 
 
