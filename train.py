@@ -279,7 +279,7 @@ class Config:
     alpha: float = option(16.0, "T", "the adapter is scaled by alpha / r")
     epochs: int = option(5, "T", "passes over a sample's pairs")
     lr: float = option(0.0, "T", "peak learning rate (default: 1e-4, the paper's; tiny: 2e-3)")
-    batch: int = option(0, HOW, "samples at a time (0: 1 on a CPU, up to 16 on a GPU)")
+    batch: int = option(0, HOW, "samples at a time (0: 1 on a CPU, up to 32 on a GPU)")
     checkpointing: bool = option(False, HOW, "in training, less memory for more time")
     max_new_tokens: int = option(256, HOW, "longest answer, in tokens")
     repetition_penalty: str = option("1.0", HOW, "makes what stands in prompt and answer less "
@@ -391,7 +391,7 @@ def parse_args(argv: Sequence[str] | None, config: type = Config, text: str = __
 
 TINY = Path(data.__file__).parent / "tiny"
 TINY_LR = 2e-3          # ours: five steps of 1e-4 hardly move a model of 2.4 million parameters
-GPU_BATCH = 16          # where the memory does not hold as many, `Kept` halves it
+GPU_BATCH = 32          # where the memory does not hold as many, `Kept` halves it
 # options that a run's name does not tell as NAME=VALUE; the last four stand in it in any case
 SILENT = FREE - {"dtype"} | {"bench", "model", "method", "seed"}
 
