@@ -423,7 +423,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu",
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:       # which names the tensors, in several lines
-        said = " ".join(str(error).split())[:200]
+        said = " ".join(str(error).split())[:240]
         raise ValueError(f"{folder}: the weights and config.json do not fit: {said}") from error
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
