@@ -118,8 +118,10 @@ class Try:
 def try_call_first(writer: Writer, samples: Sequence[Sample], h: dict, attempt: int,
                    config) -> list[Try]:
     """A call of the likeliest tool, and the request that it answers."""
-    directs = [parse_calls(h[x.id].text).calls for x in samples]
-    prompts = [call_form(x, h[x.id], direct) for x, direct in zip(samples, directs)]
+    prompts, directs = [], []
+    for x in samples:
+        directs.append(parse_calls(h[x.id].text).calls)
+        prompts.append(call_form(x, h[x.id], directs[-1]))
     keys = [(config.seed, x.id, "pair", attempt) for x in samples]
     texts = writer(prompts, MAX_PAIR_TOKENS, config.temperature, config.top_p, keys)
     tries = []
