@@ -313,10 +313,10 @@ def test_a_form_is_filled_alone_and_beside_others_as_by_full_passes(model, token
 @pytest.mark.parametrize("closing, text", [
     ('"', 'a \\"b\\\\'), ("]", "[1], [2, [3]]"), ("}", '"a": {"b": {}}, "c": {}')])
 def test_a_blank_goes_on_behind_a_backslash_and_within_brackets(closing, text, tokenizer):
-    row = Decoded([Blank(closing, "end")])
+    row, how = Decoded([Blank(closing, "end")]), {"tokenizer": tokenizer, "limit": 99}
     for token in tokenizer.encode(text):
-        assert row.write(token, tokenizer=tokenizer, limit=99) == [token]
-    assert row.write(*tokenizer.encode(closing), tokenizer=tokenizer, limit=99) == tokenizer.encode("end")
+        assert row.write(token, **how) == [token]
+    assert row.write(*tokenizer.encode(closing), **how) == tokenizer.encode("end")
     assert row.ended and not row.blanks
 
 
