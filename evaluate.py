@@ -31,34 +31,19 @@ def exact_match(text: str, sample: Sample) -> Verdict:
     """The verdict on any text: `exact_match("no idea", sample).reason -> "unparsable"`.
 
     `exact` is whether the calls in it are the gold calls, one to one, values read by the schema.
-    Beside it, each in [0, 1]: `strict` (also in the gold's own JSON types, and in the form asked
-    for alone), `parsed` (at least one call could be read), `name_correct` (the multisets of names
-    are equal), `name_f1`, `argument_f1` (over (name, argument, value)), and `reachable` (every
-    gold call is of an offered tool; no method can be expected to call another). Without a gold
-    answer `exact` is None: neither right nor wrong."""
+    Beside it, each 0 or 1: `name_correct` (the multisets of names are equal), and `reachable`
+    (every gold call is of an offered tool; no method can be expected to call another). Without a
+    gold answer `exact` is None: neither right nor wrong."""
     if sample.answers is None:
         return Verdict(text, None, "no gold answer", {})
     parsed, gold = parse_calls(text), sample.answers
-    reachable = {call.name for call in gold} <= {tool["name"] for tool in sample.tools}
-    measures = {"strict": 0.0, "parsed": 0.0, "name_correct": 0.0, "name_f1": 0.0,
-                "argument_f1": 0.0, "reachable": float(reachable)}
-    if parsed.recovery == "unparsable" or not parsed.calls and gold:
-        return Verdict(text, False, "unparsable", measures)
-    said, wanted = call_keys(parsed.calls, sample.tools), call_keys(gold, sample.tools)
-    reason, parts = first_difference(said, wanted), {"name": [], "argument": [], "written": []}
-    for keys, calls in ((said, parsed.calls), (wanted, gold)):
-        parts["name"].append(Counter([call.name for call in calls]))
-        parts["argument"].append(Counter([(name, *pair) for name, pairs in keys.elements()
-                                          for pair in pairs]))
-        parts["written"].append(Counter([(call.name, json.dumps(call.arguments, sort_keys=True))
-                                         for call in calls]))
-    for part in ("name", "argument"):               # 2 |P and G| / (|P| + |G|), one to one
-        predicted, golden = parts[part]
-        total, common = predicted.total() + golden.total(), (predicted & golden).total()
-        measures[f"{part}_f1"] = 2 * common / total if total else 1.0
-    as_asked = not parsed.recovery and parts["written"][0] == parts["written"][1]
-    measures |= {"strict": float(not reason and as_asked), "parsed": float(bool(parsed.calls)),
-                 "name_correct": float(parts["name"][0] == parts["name"][1])}
+    offered, reason = {tool["name"] for tool in sample.tools}, "unparsable"
+    if parsed.calls or parsed.is_answer and not gold:
+        reason = first_difference(call_keys(parsed.calls, sample.tools),
+                                  call_keys(gold, sample.tools))
+    is_named = not reason.startswith(("unparsable", "wrong number of calls", "wrong name"))
+    measures = {"name_correct": float(is_named),
+                "reachable": float({call.name for call in gold} <= offered)}
     return Verdict(text, not reason, reason, measures)
 
 
@@ -66,10 +51,8 @@ def first_difference(predicted: Counter, gold: Counter) -> str:
     """The first thing by which two answers, as call keys, differ; "" if they do not."""
     if predicted.total() != gold.total():
         return f"wrong number of calls: {predicted.total()} for {gold.total()}"
-    names, gold_names = Counter(), Counter()
-    for keys, counts in ((predicted, names), (gold, gold_names)):
-        for name, _ in keys.elements():
-            counts[name] += 1
+    names, gold_names = [Counter([name for name, _ in keys.elements()])
+                         for keys in (predicted, gold)]
     if names != gold_names:
         wrong, right = next(iter(names - gold_names)), next(iter(gold_names - names))
         return f"wrong name: {wrong:.40} for {right}"
@@ -78,18 +61,13 @@ def first_difference(predicted: Counter, gold: Counter) -> str:
         return ""
     name, wanted = next(iter(missed))
     rivals = [pairs for other, pairs in wrong if other == name]
-    given, wanted = dict(nearest(rivals, wanted)), dict(wanted)
+    shared = [len(pairs & wanted) for pairs in rivals]      # the nearest has most in common with it
+    given, wanted = dict(rivals[shared.index(max(shared))]), dict(wanted)
     if lacking := wanted.keys() - given.keys():
         return f"missing argument: {min(lacking)}"
     if further := given.keys() - wanted.keys():
         return f"extra argument: {min(further):.40}"
     return f"wrong value: {min(name for name in wanted if given[name] != wanted[name])}"
-
-
-def nearest(rivals: Sequence[frozenset], wanted: frozenset) -> frozenset:
-    """The set that has most in common with what is wanted."""
-    shared = [len(pairs & wanted) for pairs in rivals]
-    return rivals[shared.index(max(shared))]
 
 
 # --- The end of a run -----------------------------------------------------------------------------
