@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.calls import marked_arguments
-from data.formats import KNOWN, SHAPES, json_lines, of_none
+from data.formats import ITEM_KEYS, MEND, SHAPES, of_none, read_items
 from data.runs import Verdict, code_digest, digest
 
 
@@ -119,30 +119,20 @@ def load(bench: str, data: str = "", offline: bool = False, ask: str = "") -> li
         path = cached_file(URL + name, blob, offline)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {path}; {what_there_is(path, name, data)}")
-    mend, content = "mend the file, or give another with --data", path.read_bytes()
-    try:
-        items = json.loads(content.decode("utf-8-sig"))
-        json.dumps(items, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:   # JSON Lines; or not UTF-8, NaN, endless nesting
-        items = json_lines(content, f"{path}: ", error, f"; {mend}")
-    items = [items] if isinstance(items, dict) and items else items
-    if not isinstance(items, list) or not items:
-        raise ValueError(f"{path}: not a list of samples, or an empty one; {mend}")
+    items = read_items(path)
     items = first_or_tools(items) if ask else items
     found, ids, said = [], [], Counter()
     for i, item in enumerate(items):
-        read, keys = of_none, item.keys() if isinstance(item, dict) else set()
-        for shape in SHAPES:
-            if read is of_none and keys >= set(shape):
-                read = SHAPES[shape]
+        keys = item.keys() if isinstance(item, dict) else set()
+        read = next((SHAPES[shape] for shape in SHAPES if keys >= set(shape)), of_none)
         try:
             found.append(read(item))
         except ValueError as error:
-            raise ValueError(f"{path}, item {i}: {error}; {mend}") from None
+            raise ValueError(f"{path}, item {i}: {error}; {MEND}") from None
         id = item.get("id")
         ids.append(str(id) if isinstance(id, (str, int)) and id != "" else f"{bench}-{i}")
         said.update(found[-1].left_out)
-        for key in sorted(keys - KNOWN):
+        for key in sorted(keys - ITEM_KEYS):
             said[f"{key!r} is not read"] += 1
         if bench == "toolalpaca":
             # ours: left out are ToolAlpaca's entries `components` (the layout of the results).
