@@ -36,32 +36,30 @@ def exact_match(text: str, sample: Sample) -> Verdict:
     gold answer `exact` is None: neither right nor wrong."""
     if sample.answers is None:
         return Verdict(text, None, "no gold answer", {})
-    parsed, gold = parse_calls(text), sample.answers
-    offered, reason = {tool["name"] for tool in sample.tools}, "unparsable"
-    if parsed.calls or parsed.is_answer and not gold:
-        reason = first_difference(call_keys(parsed.calls, sample.tools),
-                                  call_keys(gold, sample.tools))
-    is_named = not reason.startswith(("unparsable", "wrong number of calls", "wrong name"))
-    measures = {"name_correct": float(is_named),
-                "reachable": float({call.name for call in gold} <= offered)}
+    parsed, gold, reason = parse_calls(text), sample.answers, ""
+    names, gold_names = [Counter([call.name for call in calls]) for calls in (parsed.calls, gold)]
+    said, wanted = call_keys(parsed.calls, sample.tools), call_keys(gold, sample.tools)
+    missed = wanted - said
+    if not parsed.is_answer or gold and not parsed.calls:
+        reason = "unparsable"
+    elif len(parsed.calls) != len(gold):
+        reason = f"wrong number of calls: {len(parsed.calls)} for {len(gold)}"
+    elif names != gold_names:
+        wrong, right = next(iter(names - gold_names)), next(iter(gold_names - names))
+        reason = f"wrong name: {wrong:.40} for {right}"
+    elif missed:
+        reason = wrong_argument(said - wanted, *next(iter(missed)))
+    is_named = names == gold_names and reason != "unparsable"
+    reachable = gold_names.keys() <= {tool["name"] for tool in sample.tools}
+    measures = {"name_correct": float(is_named), "reachable": float(reachable)}
     return Verdict(text, not reason, reason, measures)
 
 
-def first_difference(predicted: Counter, gold: Counter) -> str:
-    """The first thing by which two answers, as call keys, differ; "" if they do not."""
-    if predicted.total() != gold.total():
-        return f"wrong number of calls: {predicted.total()} for {gold.total()}"
-    names, gold_names = [Counter([name for name, _ in keys.elements()])
-                         for keys in (predicted, gold)]
-    if names != gold_names:
-        wrong, right = next(iter(names - gold_names)), next(iter(gold_names - names))
-        return f"wrong name: {wrong:.40} for {right}"
-    wrong, missed = predicted - gold, gold - predicted
-    if not missed:
-        return ""
-    name, wanted = next(iter(missed))
+def wrong_argument(wrong: Counter, name: str, wanted: frozenset) -> str:
+    """How the call that is wanted differs from the nearest of the wrong ones of its name, as call
+    keys."""
     rivals = [pairs for other, pairs in wrong if other == name]
-    shared = [len(pairs & wanted) for pairs in rivals]      # the nearest has most in common with it
+    shared = [len(pairs & wanted) for pairs in rivals]
     given, wanted = dict(rivals[shared.index(max(shared))]), dict(wanted)
     if lacking := wanted.keys() - given.keys():
         return f"missing argument: {min(lacking)}"
