@@ -22,7 +22,7 @@ from pathlib import Path
 
 from data import Sample
 from data.calls import call_keys, parse_calls
-from data.runs import (KeptStage, Record, Run, Verdict, kept_stages, prune, read_run, read_runs,
+from data.runs import (KeptFile, Record, Run, Verdict, kept_files, prune, read_run, read_runs,
                        write_run)
 
 
@@ -251,13 +251,13 @@ def difference(one: Run, other: Run, which: str) -> str:
     return "\n".join([printable(line.replace("\n", " ")) for line in lines])
 
 
-def stages_table(stages: Sequence[KeptStage]) -> str:
-    """The kept lines: their size, and the runs that read them."""
-    lines, total = [], sum([each.size for each in stages])
-    for each in stages:
+def files_table(files: Sequence[KeptFile]) -> str:
+    """The kept lines: the files' sizes, and the runs that read them."""
+    lines, total = [], sum([each.size for each in files])
+    for each in files:
         read = ", ".join([run.name for run in each.readers]) or "no run"
         read = read if each.key else "torn: no key tells what it is of"
-        lines.append(f"{each.size / 1e3:10,.1f} kB  {each.name}  {read}")
+        lines.append(f"{each.size / 1e3:10,.1f} kB  {each.path.stem}  {read}")
     return printable("\n".join([*lines, f"{total / 1e3:10,.1f} kB in all"]))
 
 
@@ -289,9 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def told(args: argparse.Namespace) -> str:
     """What the command line asks for."""
     if args.prune:
-        return "\n".join([f"deleted:\n{stages_table(prune(folder))}" for folder in args.runs])
+        return "\n".join([f"deleted:\n{files_table(prune(folder))}" for folder in args.runs])
     if args.stages:
-        return "\n".join([stages_table(kept_stages(folder)) for folder in args.runs])
+        return "\n".join([files_table(kept_files(folder)) for folder in args.runs])
     runs = read_runs(args.runs)
     if args.json:
         return json.dumps({str(run.folder): summarise(run.records) for run in runs}, indent=2)

@@ -241,7 +241,8 @@ def digest(value: object) -> str:
 def key_in(path: Path) -> dict:
     """The key that a file of kept lines begins with; {} if that line is torn."""
     try:
-        return json.loads(path.read_bytes().partition(b"\n")[0])["key"]
+        with open(path, "rb") as file:
+            return json.loads(file.readline())["key"]
     except (ValueError, TypeError, LookupError):
         return {}
 
@@ -265,21 +266,25 @@ def forget(config: object, facts: dict) -> None:
 
 
 @dataclass
-class KeptStage:
-    """The files of a stage's kept lines, one a process, and the run folders whose key names it."""
-    name: str                   # as H-<bench>-<model>-<digest>
-    key: dict                   # {}: it is torn in each file
-    paths: list[Path]
+class KeptFile:
+    """A file of kept lines, and the run folders whose configuration reads it."""
+    path: Path
+    key: dict                   # {}: it is torn
     size: int                   # bytes
     readers: list[Path]
 
 
-def kept_stages(folder: Path) -> list[KeptStage]:
-    """What is kept in a folder of runs, such as runs/. FileNotFoundError if it is none, ValueError
-    for a run folder in it that does not tell what it reads."""
-    found, runs = {}, []
+def stages_in(folder: Path) -> Path:
+    """Where a folder of runs, such as runs/, keeps lines. FileNotFoundError if it is none."""
     if not (folder / "stages").is_dir():
         raise FileNotFoundError(f"no folder {folder}/stages: give a folder of runs, such as runs")
+    return folder / "stages"
+
+
+def kept_files(folder: Path) -> list[KeptFile]:
+    """What is kept in a folder of runs; ValueError for a run folder in it that does not tell what
+    it reads."""
+    runs, found = [], []
     for path in sorted(folder.glob("*/config.json")):
         try:
             config = json.loads(path.read_bytes())
@@ -287,32 +292,27 @@ def kept_stages(folder: Path) -> list[KeptStage]:
         except (ValueError, TypeError, LookupError):
             raise ValueError(f"{path} does not tell what its run reads: is it damaged, or of an "
                              "older version? Mend it, or delete that folder") from None
-    for path in sorted(folder.glob("stages/*.jsonl")):
-        name = path.name.rsplit(".", 2)[0]
-        each = found.setdefault(name, KeptStage(name, {}, [], 0, []))
-        each.key = each.key or key_in(path)
-        each.paths.append(path)
-        each.size += path.stat().st_size
-    for each in found.values():
-        for run, known, code in runs if each.key else ():
-            named = each.name.startswith(f"{each.key['stage']}-{known['bench']}-")
-            if named and agrees(each.key, known, code):
-                each.readers.append(run)
-    return list(found.values())
+    for path in sorted(stages_in(folder).glob("*.jsonl")):
+        found.append(KeptFile(path, key_in(path), path.stat().st_size, []))
+        key = found[-1].key
+        for run, known, code in runs if key else ():
+            is_named = path.name.startswith(f"{key['stage']}-{known['bench']}-")
+            if is_named and agrees(key, known, code):
+                found[-1].readers.append(run)
+    return found
 
 
-def prune(folder: Path) -> list[KeptStage]:
+def prune(folder: Path) -> list[KeptFile]:
     """Delete the kept lines that no run folder's key names, and tell which they were; not those
     with a torn key. ValueError while a run works in this folder."""
-    kept_stages(folder)                             # is it such a folder?
-    with open(folder / "stages" / ".lock", "a") as lock:
+    with open(stages_in(folder) / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"a run works in {folder}: prune when it has ended") from None
-        unread = [each for each in kept_stages(folder) if each.key and not each.readers]
-        for path in [path for each in unread for path in each.paths]:
-            path.unlink()
+        unread = [each for each in kept_files(folder) if each.key and not each.readers]
+        for each in unread:
+            each.path.unlink()
     return unread
 
 
@@ -418,8 +418,6 @@ def write_run(run: Run, summary: dict) -> bool:
         if there.is_file() and there.read_bytes().count(b"\n") > len(run.records):
             return False
         for name, content in contents.items():
-            if (run.folder / name).is_file() and (run.folder / name).read_text() == content:
-                continue                            # another process has written it
             temporary = run.folder / f"{name}.{os.getpid()}.tmp"
             try:
                 with open(temporary, "w", encoding="utf-8") as file:
