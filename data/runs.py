@@ -39,12 +39,13 @@ class Stage:
     line: type                  # the dataclass of a line; it has the fields id, failed and seconds
     reads: tuple[str, ...]      # the options and facts that a line depends on
     code: str                   # a digest of the function and of what it names
+    adapters: bool              # with --keep-adapters it leaves an adapter beside each line
 
 
-def stage(name: str, line: type, *reads: str) -> Callable:
+def stage(name: str, line: type, *reads: str, adapters: bool = False) -> Callable:
     """Mark a function (agent, samples, config, *lines seen) -> lines as a stage, for `Kept`."""
     def mark(function: Callable) -> Callable:
-        function.stage = Stage(name, line, reads, code_digest(function))
+        function.stage = Stage(name, line, reads, code_digest(function), adapters)
         return function
     return mark
 
@@ -138,23 +139,24 @@ class Kept:
         name = f"{stem}-{digest(key)[:12]}"
         if name not in self.lines:
             self.keys[name], self.lines[name] = key, self.read(stage, name)
-        lines, of, wanted = self.lines[name], {x.id: digest(x) for x in samples}, {}
-        if self.config.keep_adapters and "rank" in stage.reads:     # sample -> the adapter's mark
-            wanted = {x.id: adapter_folder(self.config.out, x.id) / "line" for x in samples}
-        missing = []
+        lines, of = self.lines[name], {x.id: digest(x) for x in samples}
+        marks, missing = {}, []         # a sample -> the file that tells of which line its adapter is
+        if stage.adapters and self.config.keep_adapters:
+            marks = {x.id: adapter_folder(self.config.out, x.id) / "line" for x in samples}
         for x in samples:
-            mark, line = wanted.get(x.id), lines.get(of[x.id])
-            if not line or mark and not line.failed and not (
-                    mark.is_file() and mark.read_text() == f"{name} {of[x.id]}"):
+            line, mark = lines.get(of[x.id]), marks.get(x.id)
+            is_there = not mark or mark.is_file() and mark.read_text() == f"{name} {of[x.id]}"
+            if not line or not (line.failed or is_there):
                 missing.append(x)
         if missing and not self.computing:
             raise Missing(missing[0].id)
         while missing:
-            new = {of[line.id]: line for line in self.compute(function, missing, seen)}
-            fresh = {each: line for each, line in new.items() if each not in lines}
+            new, fresh = {of[line.id]: line for line in self.compute(function, missing, seen)}, {}
             for each, line in new.items():
-                if line.id in wanted and not line.failed:
-                    wanted[line.id].write_text(f"{name} {each}")
+                if each not in lines:
+                    fresh[each] = line
+                if line.id in marks and not line.failed:
+                    marks[line.id].write_text(f"{name} {each}")
             if fresh:
                 self.append(name, [{"of": each, **asdict(line)} for each, line in fresh.items()])
             lines |= fresh

@@ -195,7 +195,7 @@ def assess_sampled(agent: Agent, samples: Samples, config: SampledConfig) -> lis
 
 # --- Algorithm 1, and what it is compared with ----------------------------------------------------
 
-@stage("other", Adapted, *adapt.stage.reads)
+@stage("other", Adapted, *adapt.stage.reads, adapters=True)
 def learn_of_others(agent: Agent, samples: Samples, config: TaskConfig, g: Lines,
                     others: Lines) -> list[Adapted]:
     """T with the pairs of another sample each, for those that have as many as the first."""
