@@ -143,6 +143,7 @@ def of_apibank(item: dict) -> Item:
     if not all([isinstance(text, str) for text in (asked, said, gold)]):
         raise ValueError("'instruction', 'input' or 'expected_output' is no text")
     tools = [decoded(line, "instruction") for line in asked.split("\n") if line.startswith("{")]
+    said = re.sub("^Generate .*", "", said, flags=re.M)         # API-Bank's way of asking
     parts, turns = re.split("^(User|AI|API-Request): ?", f"{said}\n{gold}", flags=re.M), []
     for who, text in zip(parts[1::2], parts[2::2]):
         call, arrow, result = text.strip().partition("]->")

@@ -377,15 +377,14 @@ class Run:
 
 # options that change no outcome, or whose effect the facts tell; facts that tell of the machine
 FREE = {"ask", "batch", "checkpointing", "out", "device", "dtype", "pack", "offline",
-        "keep_adapters", "fresh"}
-TOLD = {"torch", "python"}
+        "keep_adapters", "fresh", "torch", "python"}
 
 
 def run_folder(config: object, facts: dict) -> str:
     """The run folder --out, in which a "*" at the end stands for a short digest of what the run
     depends on. ValueError if it holds a run of another configuration."""
     mine = {**vars(config), **facts}
-    for name in FREE | TOLD:
+    for name in FREE:
         mine.pop(name, None)
     mine, was = json.loads(json.dumps(mine)), []
     folder = config.out.removesuffix("*") + digest(mine)[:6] * config.out.endswith("*")
