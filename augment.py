@@ -352,18 +352,19 @@ class ServerWriter:
         if base.count("/") > 2 and not base.endswith("/chat/completions"):
             base += "/chat/completions"
         client = InferenceClient(base_url=base, api_key=secret, timeout=self.timeout)
-        jobs, ended = [], Event()
-        for prompt, key in zip(prompts, keys):
-            *before, last = prompt.messages
-            start = prompt.start + prompt.form.start
-            if start:           # the API cannot begin the assistant's turn, so the user asks for it
-                last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
-                                           f"Write what follows, and nothing else:\n{start}"}
-            body = self.changed(dict(messages=[*before, last], model=self.model, max_tokens=limit,
-                                     temperature=temperature, top_p=top_p))
-            jobs.append((client, start, prompt.form.start, body, key, ended))
+        texts, ended = [], Event()
         with ThreadPool(8) as pool:
-            return pool.starmap(self.ask, jobs, chunksize=1)
+            for prompt, key in zip(prompts, keys):
+                *before, last = prompt.messages
+                start = prompt.start + prompt.form.start
+                if start:       # the API cannot begin the assistant's turn, so the user asks for it
+                    last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
+                                               f"Write what follows, and nothing else:\n{start}"}
+                body = self.changed(dict(messages=[*before, last], model=self.model,
+                                         max_tokens=limit, temperature=temperature, top_p=top_p))
+                asked = client, start, prompt.form.start, body, key, ended
+                texts.append(pool.apply_async(self.ask, asked))
+            return [text.get() for text in texts]
 
     def ask(self, client, start: str, first: str, body: dict, key: tuple, ended: Event) -> str:
         """What a server writes for one prompt, without the start if it repeats that. A busy, broken

@@ -338,9 +338,8 @@ def call_keys(calls: Sequence[Call], tools: Sequence[dict]) -> Counter:
         for name, schema in parameters.items():
             if schema.get("default") not in (None, ""):
                 values[name] = schema["default"]
-        values |= _given(call, tool)
         pairs = [(name, value_key(value, parameters.get(name, {})))
-                 for name, value in values.items()]
+                 for name, value in {**values, **_given(call, tool)}.items()]
         keys[call.name, frozenset(pairs)] += 1
     return keys
 

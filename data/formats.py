@@ -248,11 +248,12 @@ def read_tools(raw: object) -> tuple[dict, ...]:
             each = each["function"]
         each = each if isinstance(each, dict) else {}
         each = {TOOL_KEYS.get(key, key): part for key, part in each.items() if part is not None}
-        name, parameters, required = each.get("name"), each.get("parameters", {}), each.get("required")
+        name, parameters = each.get("name"), each.get("parameters", {})
         if not isinstance(name, str) or not name:
             raise ValueError(f"tool {i}: no name")
         if '"$ref"' in json.dumps(parameters):
             parameters = inlined(parameters, {**each, **parameters}, (), [10_000])
+        required = each.get("required")
         kind = parameters.get("type", "") if isinstance(parameters, dict) else {}
         inner = parameters.get("properties") if kind != {} else None
         if kind and isinstance(kind, (str, list)) or kind == "" and (

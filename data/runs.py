@@ -140,7 +140,7 @@ class Kept:
         if name not in self.lines:
             self.keys[name], self.lines[name] = key, self.read(stage, name)
         lines, of = self.lines[name], {x.id: digest(x) for x in samples}
-        marks, missing = {}, []         # a sample -> the file that tells of which line its adapter is
+        marks, missing = {}, []         # marks: a sample -> the file that names its adapter's line
         if stage.adapters and self.config.keep_adapters:
             marks = {x.id: adapter_folder(self.config.out, x.id) / "line" for x in samples}
         for x in samples:
