@@ -97,27 +97,26 @@ def summarise(records: Sequence[Record]) -> dict:
     """A run's counts, shares in [0, 1] (absent without gold answers), and seconds by stage."""
     outcomes = Counter([r.outcome for r in records])
     scored = [r for r in records if r.answer.exact is not None]
-    fixed = sum([r.answer.exact and not r.base.exact for r in scored])
-    harmed = sum([r.base.exact and not r.answer.exact for r in scored])
-    summary = {"n": len(records), "uncertain": sum([r.uncertain for r in records]),
-               "adapted": outcomes["adapted"], "no_pair": outcomes["no pair"],
-               "non_finite": outcomes["non-finite"], "out_of_memory": outcomes["out of memory"],
-               "too_long": outcomes["too long"], "fixed": fixed, "harmed": harmed,
-               "no_gold": len(records) - len(scored)}
-    reasons, rejected, seconds, measures = Counter(), Counter(), Counter(), Counter()
+    reasons = Counter([r.answer.reason.partition(":")[0] for r in scored if not r.answer.exact])
+    rejected = Counter([each["reason"].partition(":")[0] for r in records for each in r.rejected])
+    seconds, measures = Counter(), Counter()
     for record in records:
-        rejected.update([tried["reason"].partition(":")[0] for tried in record.rejected])
         seconds.update(record.seconds)
     for record in scored:
-        reasons.update([record.answer.reason.partition(":")[0]] * (not record.answer.exact))
         for when, verdict in (("base", record.base), ("answer", record.answer)):
             measures[f"{when}_accuracy"] += verdict.exact
             measures.update({f"{when}_{name}": v for name, v in verdict.measures.items()})
-    summary |= {name: total / len(scored) for name, total in measures.items()}
-    cut = sum([record.answer.reason.startswith("cut at") for record in scored])
-    return summary | {
-        "cut": cut, "reasons": dict(reasons.most_common()),
-        "rejected": dict(rejected.most_common()),
+    return {
+        "n": len(records), "uncertain": sum([r.uncertain for r in records]),
+        "adapted": outcomes["adapted"], "no_pair": outcomes["no pair"],
+        "non_finite": outcomes["non-finite"], "out_of_memory": outcomes["out of memory"],
+        "too_long": outcomes["too long"],
+        "fixed": sum([r.answer.exact and not r.base.exact for r in scored]),
+        "harmed": sum([r.base.exact and not r.answer.exact for r in scored]),
+        "no_gold": len(records) - len(scored),
+        **{name: total / len(scored) for name, total in measures.items()},
+        "cut": sum([count for why, count in reasons.items() if why.startswith("cut at")]),
+        "reasons": dict(reasons.most_common()), "rejected": dict(rejected.most_common()),
         "seconds": {stage: round(total, 3) for stage, total in seconds.items()}}
 
 
