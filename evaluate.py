@@ -22,7 +22,7 @@ from pathlib import Path
 
 from data import Sample
 from data.calls import call_keys, parse_calls
-from data.runs import (KeptStage, Record, Run, Verdict, kept_stages, prune, read_run, read_runs,
+from data.runs import (KeptFile, Record, Run, Verdict, kept_files, prune, read_run, read_runs,
                        write_run)
 
 
@@ -31,65 +31,41 @@ def exact_match(text: str, sample: Sample) -> Verdict:
     """The verdict on any text: `exact_match("no idea", sample).reason -> "unparsable"`.
 
     `exact` is whether the calls in it are the gold calls, one to one, values read by the schema.
-    Beside it, each in [0, 1]: `strict` (also in the gold's own JSON types, and in the form asked
-    for alone), `parsed` (at least one call could be read), `name_correct` (the multisets of names
-    are equal), `name_f1`, `argument_f1` (over (name, argument, value)), and `reachable` (every
-    gold call is of an offered tool; no method can be expected to call another). Without a gold
-    answer `exact` is None: neither right nor wrong."""
+    Beside it, each 0 or 1: `name_correct` (the multisets of names are equal), and `reachable`
+    (every gold call is of an offered tool; no method can be expected to call another). Without a
+    gold answer `exact` is None: neither right nor wrong."""
     if sample.answers is None:
         return Verdict(text, None, "no gold answer", {})
-    parsed, gold = parse_calls(text), sample.answers
-    reachable = {call.name for call in gold} <= {tool["name"] for tool in sample.tools}
-    measures = {"strict": 0.0, "parsed": 0.0, "name_correct": 0.0, "name_f1": 0.0,
-                "argument_f1": 0.0, "reachable": float(reachable)}
-    if parsed.recovery == "unparsable" or not parsed.calls and gold:
-        return Verdict(text, False, "unparsable", measures)
+    parsed, gold, reason = parse_calls(text), sample.answers, ""
+    names, gold_names = [Counter([call.name for call in calls]) for calls in (parsed.calls, gold)]
     said, wanted = call_keys(parsed.calls, sample.tools), call_keys(gold, sample.tools)
-    reason, parts = first_difference(said, wanted), {"name": [], "argument": [], "written": []}
-    for keys, calls in ((said, parsed.calls), (wanted, gold)):
-        parts["name"].append(Counter([call.name for call in calls]))
-        parts["argument"].append(Counter([(name, *pair) for name, pairs in keys.elements()
-                                          for pair in pairs]))
-        parts["written"].append(Counter([(call.name, json.dumps(call.arguments, sort_keys=True))
-                                         for call in calls]))
-    for part in ("name", "argument"):               # 2 |P and G| / (|P| + |G|), one to one
-        predicted, golden = parts[part]
-        total, common = predicted.total() + golden.total(), (predicted & golden).total()
-        measures[f"{part}_f1"] = 2 * common / total if total else 1.0
-    as_asked = not parsed.recovery and parts["written"][0] == parts["written"][1]
-    measures |= {"strict": float(not reason and as_asked), "parsed": float(bool(parsed.calls)),
-                 "name_correct": float(parts["name"][0] == parts["name"][1])}
+    missed = wanted - said
+    if not parsed.is_answer or gold and not parsed.calls:
+        reason = "unparsable"
+    elif len(parsed.calls) != len(gold):
+        reason = f"wrong number of calls: {len(parsed.calls)} for {len(gold)}"
+    elif names != gold_names:
+        wrong, right = next(iter(names - gold_names)), next(iter(gold_names - names))
+        reason = f"wrong name: {wrong:.40} for {right}"
+    elif missed:
+        reason = wrong_argument(said - wanted, *next(iter(missed)))
+    is_named = names == gold_names and reason != "unparsable"
+    reachable = gold_names.keys() <= {tool["name"] for tool in sample.tools}
+    measures = {"name_correct": float(is_named), "reachable": float(reachable)}
     return Verdict(text, not reason, reason, measures)
 
 
-def first_difference(predicted: Counter, gold: Counter) -> str:
-    """The first thing by which two answers, as call keys, differ; "" if they do not."""
-    if predicted.total() != gold.total():
-        return f"wrong number of calls: {predicted.total()} for {gold.total()}"
-    names, gold_names = Counter(), Counter()
-    for keys, counts in ((predicted, names), (gold, gold_names)):
-        for name, _ in keys.elements():
-            counts[name] += 1
-    if names != gold_names:
-        wrong, right = next(iter(names - gold_names)), next(iter(gold_names - names))
-        return f"wrong name: {wrong:.40} for {right}"
-    wrong, missed = predicted - gold, gold - predicted
-    if not missed:
-        return ""
-    name, wanted = next(iter(missed))
+def wrong_argument(wrong: Counter, name: str, wanted: frozenset) -> str:
+    """How the call that is wanted differs from the nearest of the wrong ones of its name, as call
+    keys."""
     rivals = [pairs for other, pairs in wrong if other == name]
-    given, wanted = dict(nearest(rivals, wanted)), dict(wanted)
+    shared = [len(pairs & wanted) for pairs in rivals]
+    given, wanted = dict(rivals[shared.index(max(shared))]), dict(wanted)
     if lacking := wanted.keys() - given.keys():
         return f"missing argument: {min(lacking)}"
     if further := given.keys() - wanted.keys():
         return f"extra argument: {min(further):.40}"
     return f"wrong value: {min(name for name in wanted if given[name] != wanted[name])}"
-
-
-def nearest(rivals: Sequence[frozenset], wanted: frozenset) -> frozenset:
-    """The set that has most in common with what is wanted."""
-    shared = [len(pairs & wanted) for pairs in rivals]
-    return rivals[shared.index(max(shared))]
 
 
 # --- The end of a run -----------------------------------------------------------------------------
@@ -121,27 +97,26 @@ def summarise(records: Sequence[Record]) -> dict:
     """A run's counts, shares in [0, 1] (absent without gold answers), and seconds by stage."""
     outcomes = Counter([r.outcome for r in records])
     scored = [r for r in records if r.answer.exact is not None]
-    fixed = sum([r.answer.exact and not r.base.exact for r in scored])
-    harmed = sum([r.base.exact and not r.answer.exact for r in scored])
-    summary = {"n": len(records), "uncertain": sum([r.uncertain for r in records]),
-               "adapted": outcomes["adapted"], "no_pair": outcomes["no pair"],
-               "non_finite": outcomes["non-finite"], "out_of_memory": outcomes["out of memory"],
-               "too_long": outcomes["too long"], "fixed": fixed, "harmed": harmed,
-               "no_gold": len(records) - len(scored)}
-    reasons, rejected, seconds, measures = Counter(), Counter(), Counter(), Counter()
+    reasons = Counter([r.answer.reason.partition(":")[0] for r in scored if not r.answer.exact])
+    rejected = Counter([each["reason"].partition(":")[0] for r in records for each in r.rejected])
+    seconds, measures = Counter(), Counter()
     for record in records:
-        rejected.update([tried["reason"].partition(":")[0] for tried in record.rejected])
         seconds.update(record.seconds)
     for record in scored:
-        reasons.update([record.answer.reason.partition(":")[0]] * (not record.answer.exact))
         for when, verdict in (("base", record.base), ("answer", record.answer)):
             measures[f"{when}_accuracy"] += verdict.exact
             measures.update({f"{when}_{name}": v for name, v in verdict.measures.items()})
-    summary |= {name: total / len(scored) for name, total in measures.items()}
-    cut = sum([record.answer.reason.startswith("cut at") for record in scored])
-    return summary | {
-        "cut": cut, "reasons": dict(reasons.most_common()),
-        "rejected": dict(rejected.most_common()),
+    return {
+        "n": len(records), "uncertain": sum([r.uncertain for r in records]),
+        "adapted": outcomes["adapted"], "no_pair": outcomes["no pair"],
+        "non_finite": outcomes["non-finite"], "out_of_memory": outcomes["out of memory"],
+        "too_long": outcomes["too long"],
+        "fixed": sum([r.answer.exact and not r.base.exact for r in scored]),
+        "harmed": sum([r.base.exact and not r.answer.exact for r in scored]),
+        "no_gold": len(records) - len(scored),
+        **{name: total / len(scored) for name, total in measures.items()},
+        "cut": sum([count for why, count in reasons.items() if why.startswith("cut at")]),
+        "reasons": dict(reasons.most_common()), "rejected": dict(rejected.most_common()),
         "seconds": {stage: round(total, 3) for stage, total in seconds.items()}}
 
 
@@ -275,13 +250,13 @@ def difference(one: Run, other: Run, which: str) -> str:
     return "\n".join([printable(line.replace("\n", " ")) for line in lines])
 
 
-def stages_table(stages: Sequence[KeptStage]) -> str:
-    """The kept lines: their size, and the runs that read them."""
-    lines, total = [], sum([each.size for each in stages])
-    for each in stages:
+def files_table(files: Sequence[KeptFile]) -> str:
+    """The kept lines: the files' sizes, and the runs that read them."""
+    lines, total = [], sum([each.size for each in files])
+    for each in files:
         read = ", ".join([run.name for run in each.readers]) or "no run"
         read = read if each.key else "torn: no key tells what it is of"
-        lines.append(f"{each.size / 1e3:10,.1f} kB  {each.name}  {read}")
+        lines.append(f"{each.size / 1e3:10,.1f} kB  {each.path.stem}  {read}")
     return printable("\n".join([*lines, f"{total / 1e3:10,.1f} kB in all"]))
 
 
@@ -313,9 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def told(args: argparse.Namespace) -> str:
     """What the command line asks for."""
     if args.prune:
-        return "\n".join([f"deleted:\n{stages_table(prune(folder))}" for folder in args.runs])
+        return "\n".join([f"deleted:\n{files_table(prune(folder))}" for folder in args.runs])
     if args.stages:
-        return "\n".join([stages_table(kept_stages(folder)) for folder in args.runs])
+        return "\n".join([files_table(kept_files(folder)) for folder in args.runs])
     runs = read_runs(args.runs)
     if args.json:
         return json.dumps({str(run.folder): summarise(run.records) for run in runs}, indent=2)

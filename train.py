@@ -137,7 +137,7 @@ class Adapted:
     seconds: float = 0.0
 
 
-@stage("T", Adapted, "adapt", "rank", "alpha", "epochs", "lr", "seed")
+@stage("T", Adapted, "adapt", "rank", "alpha", "epochs", "lr", "seed", adapters=True)
 def adapt(agent: Agent, samples: Sequence[Sample], config: Config, g: Lines) -> list[Adapted]:
     """T. The samples of a pass need equally many pairs, so this takes those that have as many as
     the first; `Kept` calls it again with the others."""

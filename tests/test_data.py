@@ -279,8 +279,9 @@ def test_seal_tools_own_conversations_are_read(tmp_path):
                              "parameters": {"room": {"type": "str"}}},)
     assert sample.answers == (Call("setLamp", {"room": "hall"}),)
     assert loaded_file(tmp_path, [{"conversations": talk[:1]}])[0].answers is None
-    for wrong in (asked.replace("api_name", "name"), asked.replace("[{", "[{{")):
-        with pytest.raises(ValueError, match="item 0: no 'api_list'"):
+    for wrong, said in ((asked.replace("api_name", "title"), "tool 0: no name"),
+                        (asked.replace("[{", "[{{"), "'tools' is a text that is no JSON")):
+        with pytest.raises(ValueError, match=f"item 0: {said}"):
             loaded_file(tmp_path, [{"conversations": [{"from": "human", "value": wrong}]}])
 
 
