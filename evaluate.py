@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data import Sample
-from data.calls import call_keys, parse_calls
+from data.calls import as_json, call_keys, parse_calls
 from data.runs import (KeptFile, Record, Run, Verdict, kept_files, prune, read_run, read_runs,
                        write_run)
 
@@ -31,27 +31,40 @@ def exact_match(text: str, sample: Sample) -> Verdict:
     """The verdict on any text: `exact_match("no idea", sample).reason -> "unparsable"`.
 
     `exact` is whether the calls in it are the gold calls, one to one, values read by the schema.
-    Beside it, each 0 or 1: `name_correct` (the multisets of names are equal), and `reachable`
-    (every gold call is of an offered tool; no method can be expected to call another). Without a
-    gold answer `exact` is None: neither right nor wrong."""
+    Beside it, each in [0, 1]: `strict` (also in the gold's own JSON types, and in the form asked
+    for alone), `parsed` (at least one call could be read), `name_correct` (the multisets of names
+    are equal), `name_f1`, `argument_f1` (over (name, argument, value)), and `reachable` (every
+    gold call is of an offered tool; no method can be expected to call another). Without a gold
+    answer `exact` is None: neither right nor wrong."""
     if sample.answers is None:
         return Verdict(text, None, "no gold answer", {})
     parsed, gold, reason = parse_calls(text), sample.answers, ""
-    names, gold_names = [Counter([call.name for call in calls]) for calls in (parsed.calls, gold)]
-    said, wanted = call_keys(parsed.calls, sample.tools), call_keys(gold, sample.tools)
-    missed = wanted - said
-    if not parsed.is_answer or gold and not parsed.calls:
-        reason = "unparsable"
-    elif len(parsed.calls) != len(gold):
+    both = (parsed.calls, gold)
+    names, gold_names = [Counter([call.name for call in calls]) for calls in both]
+    said, wanted = [call_keys(calls, sample.tools) for calls in both]
+    missed, reachable = wanted - said, gold_names.keys() <= {tool["name"] for tool in sample.tools}
+    measures = {"strict": 0.0, "parsed": 0.0, "name_correct": 0.0, "name_f1": 0.0,
+                "argument_f1": 0.0, "reachable": float(reachable)}
+    if parsed.recovery == "unparsable" or gold and not parsed.calls:
+        return Verdict(text, False, "unparsable", measures)
+    if len(parsed.calls) != len(gold):
         reason = f"wrong number of calls: {len(parsed.calls)} for {len(gold)}"
     elif names != gold_names:
         wrong, right = next(iter(names - gold_names)), next(iter(gold_names - names))
         reason = f"wrong name: {wrong:.40} for {right}"
     elif missed:
         reason = wrong_argument(said - wanted, *next(iter(missed)))
-    is_named = names == gold_names and reason != "unparsable"
-    reachable = gold_names.keys() <= {tool["name"] for tool in sample.tools}
-    measures = {"name_correct": float(is_named), "reachable": float(reachable)}
+    parts, gold_parts = [Counter([(name, *pair) for name, pairs in keys.elements()
+                                  for pair in pairs]) for keys in (said, wanted)]
+    for part, predicted, golden in (("name", names, gold_names), ("argument", parts, gold_parts)):
+        total, common = predicted.total() + golden.total(), (predicted & golden).total()
+        # 2 |P and G| / (|P| + |G|), one to one
+        measures[f"{part}_f1"] = 2 * common / total if total else 1.0
+    written, asked = [Counter([(call.name, as_json(call.arguments, sort_keys=True))
+                               for call in calls]) for calls in both]
+    as_asked = not parsed.recovery and written == asked
+    measures |= {"strict": float(not reason and as_asked), "parsed": float(bool(parsed.calls)),
+                 "name_correct": float(names == gold_names)}
     return Verdict(text, not reason, reason, measures)
 
 
@@ -66,6 +79,12 @@ def wrong_argument(wrong: Counter, name: str, wanted: frozenset) -> str:
     if further := given.keys() - wanted.keys():
         return f"extra argument: {min(further):.40}"
     return f"wrong value: {min(name for name in wanted if given[name] != wanted[name])}"
+
+
+def nearest(rivals: Sequence[frozenset], wanted: frozenset) -> frozenset:
+    """The set that has most in common with what is wanted."""
+    shared = [len(pairs & wanted) for pairs in rivals]
+    return rivals[shared.index(max(shared))]
 
 
 # --- The end of a run -----------------------------------------------------------------------------

@@ -23,10 +23,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Parsed:
-    """The calls in a text, and whether it is an answer: one without calls says that none is needed,
-    any other text without calls is none."""
+    """The calls in a text, and how far the text is from the form asked for."""
     calls: tuple[Call, ...]
-    is_answer: bool
+    recovery: str       # "" if it is just that, "unparsable" if no answer, else what was forgiven
 
 
 # --- Writing: calls -> text -----------------------------------------------------------------------
@@ -60,20 +59,21 @@ def parse_calls(text: str) -> Parsed:
     """The calls in a model's answer. It never raises, and takes time linear in the text's length.
 
     Asked for is `<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>`, any number of
-    times. Prose, fences, a list, other keys, single quotes, ... are forgiven. "" and "[]" say that
-    no call is needed."""
-    text = without_thinking(text).strip() if "think" in text.lower() else text.strip()
+    times. "other form" is the same with prose, fences, a list, other keys, single quotes, ...
+    "" and "[]" say that no call is needed. Any other text without calls is never right."""
+    whole = text.strip()
+    text = without_thinking(whole).strip() if "think" in whole.lower() else whole
     if _NO_CALL.fullmatch(text):
-        return Parsed((), True)
+        return Parsed((), "other form" if whole else "")
     # ours: half an answer is no answer. If one object or block cannot be read, none is.
     for read in (_json_calls, _block_calls) if len(text) <= MAX_CHARS else ():
         try:
-            calls = read(text)
+            calls, recovery = read(text)
         except ValueError:
             continue
         if calls:
-            return Parsed(tuple(calls), True)
-    return Parsed((), False)
+            return Parsed(tuple(calls), recovery if text == whole else "other form")
+    return Parsed((), "unparsable")
 
 
 def without_thinking(text: str) -> str:
@@ -96,12 +96,12 @@ def without_thinking(text: str) -> str:
     return "".join([*kept, text[start:]])
 
 
-def _json_calls(text: str) -> list[Call]:
+def _json_calls(text: str) -> tuple[list[Call], str]:
     """The calls of a text; ValueError if any of its objects and lists is none."""
     values, around = _outermost(text)
-    calls = []
-    for before, (value, _) in zip(around.split("{"), map(_read, values)):
-        items = value if isinstance(value, list) else [value]
+    calls, asked_form = [], re.fullmatch(r"(<tool_call>\s*\{\s*</tool_call>\s*)+", around)
+    for before, (value, is_json) in zip(around.split("{"), map(_read, values)):
+        new, items = [], value if isinstance(value, list) else [value]
         is_named = before.rstrip().endswith("<tool_call>")      # then a name alone is a call
         if isinstance(value, dict) and isinstance(value.get("tool_calls"), list) \
                 and not _KEYS.keys() & value.keys():            # OpenAI's whole answer
@@ -122,11 +122,13 @@ def _json_calls(text: str) -> list[Call]:
             if len(keys) != 2 or not (name and isinstance(name, str)
                                       and isinstance(arguments, dict)):
                 raise ValueError("not a name and arguments")
-            calls.append(Call(name, arguments))
-    return calls
+            new.append(Call(name, arguments))
+        asked_form = asked_form and is_json and [asdict(call) for call in new] == [value]
+        calls += new
+    return calls, "" if asked_form else "other form"
 
 
-def _block_calls(text: str) -> list[Call]:
+def _block_calls(text: str) -> tuple[list[Call], str]:
     """The calls in closed blocks, whatever brackets the prose has; ValueError for half a call."""
     calls, prose, end = [], [], 0
     while (start := text.find("<tool_call>", end)) >= 0:
@@ -136,7 +138,7 @@ def _block_calls(text: str) -> list[Call]:
         stop = opening.start() + len(value[0]) if value else start
         end = text.find("</tool_call>", stop)       # behind the value: inside it, a tag is text
         between = text[start + 1:opening.start()] + text[stop:end] if value else ""
-        new = _json_calls(text[start:end]) if value and end >= 0 else []
+        new = _json_calls(text[start:end])[0] if value and end >= 0 else []
         if not new or "tool_call>" in between.removeprefix("tool_call>"):
             raise ValueError("a block without a call")
         calls += new
@@ -144,7 +146,7 @@ def _block_calls(text: str) -> list[Call]:
     prose.append(text[end:])
     if re.search(rf"""\{{\s*['"]({"|".join(_KEYS)})['"]""", "".join(prose)):
         raise ValueError("a call outside the blocks")
-    return calls
+    return calls, "other form"
 
 
 def _outermost(text: str, end: int = 0, most: int = -1) -> tuple[list[str], str]:

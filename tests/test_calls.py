@@ -43,21 +43,25 @@ def short(text: str) -> tuple[Call, ...]:
 ONE = '{"name": "f", "arguments": {"a": 1}}'
 BLOCK = f"<tool_call>\n{ONE}\n</tool_call>"
 ONE_CALL = (Call("f", {"a": 1}),)
-FORMS = [       # texts of one call, or of the same call twice: as asked for, and what is forgiven
-    BLOCK, f"\n<tool_call>{ONE}</tool_call>{BLOCK} ",
-    ONE, f"{ONE}\n</tool_call>", f"<tool_call>\n{ONE}", f"<tool_call>\n{ONE}}}\n</tool_call>",
-    f"[{ONE}, {ONE}]", f"<tool_call>\n[{ONE}]\n</tool_call>", f"```json\n{ONE}\n```",
-    f"<tool_call> </tool_call>\n{BLOCK}", f"{BLOCK} or {ONE}",
-    *(prose + BLOCK + prose for prose in ('It is 5" tall: ', "As {} in [1]: ", "[as", "{x}]")),
-    *(BLOCK.replace("arguments", key) for key in ("parameters", "args")),
-    *(BLOCK.replace("name", key) for key in ("tool", "function", 'id": 7, "name')),
-    r'{"id": 7, "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}',
-    "<tool_call>{'name': 'f', 'arguments': {'a': 1}}</tool_call>"]
+FORMS = {       # what is forgiven: texts of one call, or of the same call twice
+    "": [BLOCK, f"\n<tool_call>{ONE}</tool_call>{BLOCK} "],
+    "other form": [
+        ONE, f"{ONE}\n</tool_call>", f"<tool_call>\n{ONE}", f"<tool_call>\n{ONE}}}\n</tool_call>",
+        f"[{ONE}, {ONE}]", f"<tool_call>\n[{ONE}]\n</tool_call>", f"```json\n{ONE}\n```",
+        f"<tool_call> </tool_call>\n{BLOCK}", f"{BLOCK} or {ONE}",
+        *(prose + BLOCK + prose for prose in ('It is 5" tall: ', "As {} in [1]: ", "[as", "{x}]")),
+        *(BLOCK.replace("arguments", key) for key in ("parameters", "args")),
+        *(BLOCK.replace("name", key) for key in ("tool", "function", 'id": 7, "name')),
+        r'{"id": 7, "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}',
+        "<tool_call>{'name': 'f', 'arguments': {'a': 1}}</tool_call>"],
+}
 
 
-@pytest.mark.parametrize("text", FORMS)
-def test_another_form_than_the_one_asked_for_is_forgiven(text):
-    assert parse_calls(text).calls in (ONE_CALL, ONE_CALL * 2)
+@pytest.mark.parametrize("recovery, text", [(r, text) for r in FORMS for text in FORMS[r]])
+def test_what_is_forgiven_is_named_and_in_closed_blocks_alone_there_is_nothing(recovery, text):
+    parsed = parse_calls(text)
+    assert parsed.calls in (ONE_CALL, ONE_CALL * 2)
+    assert parsed.recovery == recovery
 
 
 @pytest.mark.parametrize("value", [
@@ -85,15 +89,15 @@ def test_a_python_literal_is_read_as_json_is(value):
         "g()", "b", "1+1", "{1, 2}", "(1, 2)", "b'x'", "'\0'", "'\\d'", '"""x"""',
         "1" + "-1" * 7000))])
 def test_what_is_no_call_is_unparsable(text):
-    assert parse_calls(text) == Parsed((), False)
+    assert parse_calls(text) == Parsed((), "unparsable")
 
 
 def test_arguments_may_nest_as_deep_as_the_limit_and_no_deeper():
     deep = MAX_DEPTH - 2                                        # the call is two levels itself
-    for value, is_read in (("[" * deep + "]" * deep, True),
-                           ("[" * (deep + 1) + "]" * (deep + 1), False),
-                           ('["]",' * 20000 + "1" + "]" * 20000, False)):     # no depth is hidden
-        assert parse_calls(BLOCK.replace("1", value)).is_answer == is_read
+    for value, strict in (("[" * deep + "]" * deep, True),
+                          ("[" * (deep + 1) + "]" * (deep + 1), False),
+                          ('["]",' * 20000 + "1" + "]" * 20000, False)):      # no depth is hidden
+        assert (parse_calls(BLOCK.replace("1", value)).recovery == "") == strict
 
 
 @pytest.mark.parametrize("piece", [
@@ -146,7 +150,7 @@ def test_one_reading_of_all_notations_whatever_stands_around(body, arguments, ar
     "<think>Either {Graz, Linz} or none.</think>\n" + BOOK.split("\n")[1] % "Linz",
     f"{BOOK % 'Linz'}\n<think>Done: {{</think>", "<Thinking>{</Thinking>" + BOOK % "Linz"])
 def test_what_a_model_thinks_is_no_part_of_its_answer(text):
-    assert parse_calls(text) == Parsed(LINZ, True)
+    assert parse_calls(text) == Parsed(LINZ, "other form")
 
 
 @pytest.mark.parametrize("text", [
@@ -154,13 +158,13 @@ def test_what_a_model_thinks_is_no_part_of_its_answer(text):
     tagged('{"name": "book", "arguments": {"city": "Li'), f"As [1: {BOOK % 'Linz'}<tool_call>",
     f"As [1: <tool_call><tool_call>{{}}</tool_call>", f"As [1: {BOOK % 'Linz'} " + NOW[:-12]])
 def test_a_thought_prose_or_half_a_call_is_no_answer(text):
-    assert parse_calls(text) == Parsed((), False)
+    assert parse_calls(text) == Parsed((), "unparsable")
 
 
 @pytest.mark.parametrize("text", [
     "```json\n[]\n```", "```\n[ ]```", '{"tool_calls": []}', "<think>None.</think>"])
 def test_that_no_call_is_needed_may_be_said_in_other_forms(text):
-    assert parse_calls(text) == Parsed((), True)
+    assert parse_calls(text) == Parsed((), "other form")
 
 
 @pytest.mark.parametrize("text, arguments", [
@@ -169,7 +173,7 @@ def test_that_no_call_is_needed_may_be_said_in_other_forms(text):
      r'"arguments": "{\"zone\": \"CET\"}"}}]}', {"zone": "CET"}),
     ('{"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "now"}}]}', {})])
 def test_in_tags_or_openais_wrapper_a_name_alone_is_a_call(text, arguments):
-    assert parse_calls(text) == Parsed((Call("now", arguments),), True)
+    assert parse_calls(text) == Parsed((Call("now", arguments),), "other form")
 
 
 @pytest.mark.parametrize("text, start", [
@@ -317,36 +321,40 @@ def test_comparing_does_not_recurse_without_end():
 
 P, O = "weather(city='Paris')", "weather(city='Oslo')"
 PARIS = call_text(short(P))
-RIGHT = {"exact": True, "reason": "", "name_correct": True}
-NONE = {"exact": False, "name_correct": False, "reason": "unparsable"}
+ALL = {"exact": True, "reason": "", "name_correct": True, "name_f1": 1.0, "argument_f1": 1.0}
+NONE = {"exact": False, "strict": False, "parsed": False, "reason": "unparsable"}
 TEXTS = (f"Here: {PARIS}", "garbage", "", "[]", " \n", "[ ]")
 SCORES = [      # calls, or a text; the right calls; what the verdict says
-    # The right call three times is not right three times.
+    # The right call three times is right once, and no F1 rises above 1.
     (f"[{P}, {P}, {P}]", P, {"exact": False, "reason": "wrong number of calls: 3 for 1",
-                             "name_correct": False}),
-    # Two calls of one tool count in either order, and each once; one without arguments is right.
-    (f"[{O}, {P}]", f"[{P}, {O}]", RIGHT), (f"[{O}, {O}]", f"[{P}, {O}]", {
-        "exact": False, "reason": "wrong value: city", "name_correct": True}),
-    ("now()", "now()", RIGHT),
-    # Neither the type of a value nor the form counts.
-    ("weather(days='5', city='')", "weather(city='', days=5)", RIGHT), (f"Here: {PARIS}", P, RIGHT),
+                             "name_correct": False, "name_f1": 0.5, "argument_f1": 0.5}),
+    # Two calls of one tool count in either order, and each once; one without arguments scores 1.
+    (f"[{O}, {P}]", f"[{P}, {O}]", ALL | {"strict": True}),
+    (f"[{O}, {O}]", f"[{P}, {O}]", {"reason": "wrong value: city"}),
+    ("now()", "now()", ALL | {"strict": True}),
+    # Strict is exact without any coercion, in the form asked for alone.
+    ("weather(days=5, city='')", "weather(city='', days=5)", ALL | {"strict": True}),
+    ("weather(days='5', city='')", "weather(city='', days=5)", ALL | {"strict": False}),
+    (f"Here: {PARIS}", P, ALL | {"parsed": True, "strict": False}),
     # Empty means absent, and absent means the default: either way round ...
-    *((P[:-1] + more, P, RIGHT) for more in (", days='')", ", metric='true')", ", metric='')")),
-    *((P, P[:-1] + more, RIGHT) for more in (", days=None)", ", metric=True)", ", metric=None)")),
+    *((P[:-1] + more, P, ALL) for more in (", days='')", ", metric='true')", ", metric='')")),
+    *((P, P[:-1] + more, ALL) for more in (", days=None)", ", metric=True)", ", metric=None)")),
     (P[:-1] + ", metric=False)", P, {"reason": "wrong value: metric"}),
     # ... unless the argument is required or unknown.
     (P[:-1] + ", wind='')", P, {"reason": "extra argument: wind"}),
     ("weather()", "weather(city='')", {"reason": "missing argument: city"}),
     ("weather(city=None)", "weather(city='')", {"reason": "wrong value: city"}),
-    ("gone(a='5')", "gone(a=5)", RIGHT),    # what no schema describes is compared all the same
+    ("gone(a='5')", "gone(a=5)", ALL),      # what no schema describes is compared all the same
     # The reason is the first thing wrong, told by the nearest call of the name.
-    ("[rate(amount=1), now()]", f"[{P}, now()]", {"reason": "wrong name: rate for weather",
-                                                  "name_correct": False}),
+    ("[rate(amount=1), now()]", f"[{P}, now()]", {"reason": "wrong name: rate for weather"}),
     ("[rate(amount=9), rate(amount=1, any='z')]",
      "[rate(amount=1, any='x'), rate(amount=2, any='y')]", {"reason": "wrong value: any"}),
+    # Partial credit is one to one: city and metric's default are right, of three arguments each.
+    ("[weather(city='Paris', days=2), now()]", "weather(city='Paris', days=3)",
+     {"exact": False, "name_f1": 2 / 3, "argument_f1": 2 * 2 / 6}),
     # Garbage is never right, and saying nothing only where no call is.
     ("garbage", "", NONE), ("garbage", P, NONE), ("", P, NONE), ("[]", P, NONE),
-    (" \n", "", RIGHT), ("[ ]", "", RIGHT),
+    (" \n", "", {"exact": True, "strict": True}), ("[ ]", "", {"exact": True, "strict": False}),
     (P, "", {"exact": False, "reason": "wrong number of calls: 1 for 0"}),
 ]
 
@@ -390,7 +398,7 @@ many = settings(max_examples=80, deadline=None)
                           st.dictionaries(st.text(max_size=8), FINITE, max_size=3)), max_size=3))
 @example([Call("f", {"a": "</tool_call>\n<tool_call>", "b": "```json {[\" '"})])
 def test_an_answer_in_the_form_asked_for_is_read_as_it_was_written(calls):
-    assert parse_calls(call_text(calls)) == Parsed(tuple(calls), True)
+    assert parse_calls(call_text(calls)) == Parsed(tuple(calls), "")
 
 
 @many
@@ -408,18 +416,21 @@ def test_any_text_even_a_damaged_answer_is_read_and_its_scores_agree(said, gold,
     whole = call_text(said)
     for answer in (whole, text, whole[:start] + text + whole[start + cut:]):
         parsed, v = parse_calls(answer), exact_match(answer, sample(*gold))
+        name_f1, argument_f1 = v.measures["name_f1"], v.measures["argument_f1"]
         says_none = "".join(answer.split()) in ("", "[]")
-        assert parsed.is_answer == (bool(parsed.calls) or says_none)
+        assert (parsed.recovery == "unparsable") == (not parsed.calls and not says_none)
+        assert 0 <= name_f1 <= 1 and 0 <= argument_f1 <= 1
+        assert v.exact or not v.measures["strict"]
         same = call_keys(parsed.calls, TOOLS) == call_keys(gold, TOOLS)
         assert v.exact == (v.reason == "") == same
-        assert v.measures["name_correct"] or not v.exact
+        assert not v.exact or v.measures["name_correct"] == name_f1 == argument_f1 == 1.0
 
 
 @pytest.mark.skipif("TTSI_DATA" not in os.environ, reason="needs the benchmarks in $TTSI_DATA")
 @pytest.mark.parametrize("bench", data.PUBLISHED)
-def test_the_gold_calls_of_the_benchmarks_are_exact_and_of_the_declared_types(bench):
+def test_the_gold_calls_of_the_benchmarks_are_exact_and_strict_and_of_the_declared_types(bench):
     for real in data.load(bench, os.environ["TTSI_DATA"]):
         v = exact_match(call_text(real.answers), real)
-        assert v.exact, real.id
+        assert v.exact and v.measures["strict"], real.id
         assert not exact_match(call_text(real.answers * 2), real).exact, real.id
         assert not any("wrong type" in check_call(call, real.tools) for call in real.answers)

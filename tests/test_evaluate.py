@@ -15,8 +15,8 @@ import pytest
 from data import Sample
 from data.calls import Call
 from data.runs import Record, Run, read_run, write_run
-from evaluate import (KNOWN, difference, exact_match, join, listing, main, printable, story,
-                      summarise, table)
+from evaluate import (KNOWN, difference, exact_match, join, listing, main, nearest, printable,
+                      story, summarise, table)
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,6 +70,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_answer_is_right_or_there_is_a_reason(text, reason):
     verdict = exact_match(text, SAMPLE)
     assert (verdict.text, verdict.exact, verdict.reason) == (text, not reason, reason)
+
+
+def test_two_answers_are_compared_by_the_calls_that_have_most_in_common():
+    one, two, wanted = frozenset("ax"), frozenset("abx"), frozenset("abc")
+    assert nearest([one, two], wanted) == nearest([two, one], wanted) == two
+    assert nearest([one, frozenset("ay")], wanted) == one               # the first of equal ones
 
 
 # --- Records --------------------------------------------------------------------------------------
@@ -134,7 +140,7 @@ def test_a_summary_by_hand():
     assert s["reasons"] == {"wrong name": 2, "cut at 9 tokens": 1}
     s = summarise(RECORDS)
     assert (s["base_accuracy"], s["answer_accuracy"], s["fixed"], s["harmed"]) == (0.4, 0.6, 2, 1)
-    assert (s["base_name_correct"], s["answer_name_correct"]) == (0.4, 0.6)
+    assert (s["base_name_correct"], s["answer_name_f1"], s["base_argument_f1"]) == (0.4, 0.6, 0.4)
     assert s["reasons"] == {"wrong name": 2} and s["rejected"] == {"unknown argument": 5}
     assert s["seconds"] == {"H": 5.0, "T": 2.5}
 

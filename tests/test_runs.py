@@ -219,7 +219,7 @@ EDITS = [   # file, old, new -> what is computed anew: H, G, T, (a)sks, t(r)ies
     ("uncertainty.py", "topk(2)", "topk(3)", "H"),
     ("model.py", "rsqrt(y.pow(2)", "rsqrt(y.pow(4)", "HT"),
     ("data/chat.py", "add_special_tokens=False", "add_special_tokens=True", "H"),
-    ("evaluate.py", "Verdict(text, not reason, reason", "Verdict(text, reason, reason", ""),
+    ("evaluate.py", "not reason and as_asked", "reason and as_asked", ""),
     ("train.py", 'RUN, "the benchmark', 'RUN, "a benchmark', "")]
 
 
