@@ -251,7 +251,7 @@ def read_tools(raw: object) -> tuple[dict, ...]:
         name, parameters = each.get("name"), each.get("parameters", {})
         if not isinstance(name, str) or not name:
             raise ValueError(f"tool {i}: no name")
-        if '"$ref"' in json.dumps(parameters):
+        if isinstance(parameters, dict) and '"$ref"' in json.dumps(parameters):
             parameters = inlined(parameters, {**each, **parameters}, (), [10_000])
         required = each.get("required")
         kind = parameters.get("type", "") if isinstance(parameters, dict) else {}

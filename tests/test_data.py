@@ -400,6 +400,7 @@ def test_a_table_of_text_is_named(tmp_path):
     ({"tools": []}, ": no tool to call"), ({"tools": [TOOL, TOOL]}, ": two tools are named f"),
     ({"tools": ["f"]}, ": tool 0: no name"), ({"tools": [TOOL, {"name": ""}]}, ": tool 1: no name"),
     ({"tools": [TOOL | {"parameters": []}]}, ": tool 0: f: 'parameters' is of a wrong type"),
+    ({"tools": [TOOL | {"parameters": [{"$ref": "#"}]}]}, "f: 'parameters' is of a wrong type"),
     ({"tools": [TOOL | {"parameters": {"x": "string"}}]}, "f: parameter 'x' is not an object"),
     ({"tools": [TOOL | {"required": "x"}]}, "f: 'required' is of a wrong type"),
     ({"answers": ["f"]}, ": answer 0: not an object"),
