@@ -298,10 +298,8 @@ class LocalWriter:
 @dataclass(frozen=True)
 class ServerWriter:
     """A teacher behind an OpenAI-compatible API. OPENAI_API_KEY goes to that host alone, over plain
-    http to this machine only. ConnectionError if there is no reply.
-
-    options: what is sent otherwise than usual, as "temperature=none,max_completion_tokens=320";
-    "none" leaves out what a server refuses."""
+    http to this machine only. ConnectionError if there is no reply. options: what is sent otherwise
+    than usual, as "temperature=none,max_completion_tokens=320"; none leaves a field out."""
     url: str
     model: str
     wait: float = 1.0           # seconds before the second try; each further one doubles it
@@ -318,9 +316,23 @@ class ServerWriter:
         if parts[1] == "http" and not local and os.environ.get("OPENAI_API_KEY"):
             raise ValueError(f"--teacher {self.url}: OPENAI_API_KEY would travel unencrypted; use "
                              "https, or unset the key")
+        self.changed({})
+
+    def changed(self, body: dict) -> dict:
+        """A request's body with the options; ValueError for one that is none."""
+        body = {**body, "extra_body": {}}
         for option in filter(None, self.options.split(",")):
+            name, _, value = option.partition("=")
             if not re.fullmatch(r"\w+=.+", option):
                 raise ValueError(f"--teacher-option {option}: must be NAME=VALUE or NAME=none")
+            body.pop(name, None)
+            try:
+                value = json.loads(value)               # a number, for instance; else a text
+            except ValueError:
+                pass
+            if value != "none":
+                body["extra_body"][name] = value
+        return body
 
     def __call__(self, prompts, limit, temperature, top_p, keys) -> list[str]:
         from huggingface_hub import InferenceClient     # only here: it takes a second to import
@@ -329,40 +341,35 @@ class ServerWriter:
         if base.count("/") > 2 and not base.endswith("/chat/completions"):
             base += "/chat/completions"
         client = InferenceClient(base_url=base, api_key=secret, timeout=self.timeout)
-        jobs, ended = [], Event()
-        for prompt, key in zip(prompts, keys):
-            *before, last = prompt.messages
-            start = prompt.start + prompt.form.start
-            if start:           # the API cannot begin the assistant's turn, so the user asks for it
-                last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
-                                           f"Write what follows, and nothing else:\n{start}"}
-            body = dict(messages=[*before, last], model=self.model, max_tokens=limit,
-                        temperature=temperature, top_p=top_p, extra_body={})
-            for option in filter(None, self.options.split(",")):
-                name, _, value = option.partition("=")
-                body.pop(name, None)
-                if value != "none":
-                    body["extra_body"][name] = plain_value(value)
-            jobs.append((client, start, prompt.form.start, body, key, ended))
+        texts, ended = [], Event()
         with ThreadPool(8) as pool:
-            return list(pool.imap(self.ask, jobs))
+            for prompt, key in zip(prompts, keys):
+                *before, last = prompt.messages
+                start = prompt.start + prompt.form.start
+                if start:       # the API cannot begin the assistant's turn, so the user asks for it
+                    last = {**last, "content": f"{last['content']}\n\nThe answer begins like this. "
+                                               f"Write what follows, and nothing else:\n{start}"}
+                body = self.changed(dict(messages=[*before, last], model=self.model,
+                                         max_tokens=limit, temperature=temperature, top_p=top_p))
+                asked = client, start, prompt.form.start, body, key, ended
+                texts.append(pool.apply_async(self.ask, asked))
+            return [text.get() for text in texts]
 
-    def ask(self, job: tuple) -> str:
+    def ask(self, client, start: str, first: str, body: dict, key: tuple, ended: Event) -> str:
         """What a server writes for one prompt, without the start if it repeats that. A busy, broken
         or late server is asked again, after a failure of its own (HTTP 500) with another seed; a
-        refusal becomes an empty text with a problem."""
+        refusal becomes an empty text with a problem. ended: set when asking is of no use."""
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # HTTPError: no OSError
-        client, start, first, request, key, ended = job
         seed = seeded(*key).initial_seed() % 2 ** 31    # if the server uses it
         for attempt in range(RETRIES + 1):
             time.sleep(self.wait * 2 ** (attempt - 1) if attempt else 0)
             if ended.is_set():                          # by another prompt of the batch
                 return ""
             try:
-                choice = client.chat_completion(**request, seed=seed).choices[0]
+                choice = client.chat_completion(**body, seed=seed).choices[0]
                 written = Written(first + reply(choice.message, start, first))
                 if choice.finish_reason == "length":
-                    limit = request.get("max_tokens")           # None: an option left it out
+                    limit = body.get("max_tokens")      # None: an option left it out
                     written.problem = f"cut at {limit} tokens" if limit else "cut at the limit"
                 return written
             except OfflineModeIsEnabled as error:
@@ -382,11 +389,10 @@ class ServerWriter:
             if 400 <= code < 500 and code not in (408, 409, 429):
                 break
         ended.set()
+        why = f"no chat completion after {RETRIES + 1} tries ({problem} {refusal(response)})"
         if 400 <= code < 500:
-            raise ConnectionError(f"--teacher {self.url}: {problem}; are the URL, --teacher-model "
-                                  "and OPENAI_API_KEY right?")
-        raise ConnectionError(f"--teacher {self.url}: no chat completion after {RETRIES + 1} tries "
-                              f"({problem} {refusal(response)})".replace(" )", ")"))
+            why = f"{problem}; are the URL, --teacher-model and OPENAI_API_KEY right?"
+        raise ConnectionError(f"--teacher {self.url}: {why.replace(' )', ')')}")
 
 
 def reply(message: object, start: str, first: str) -> str:
@@ -411,14 +417,6 @@ def reply(message: object, start: str, first: str) -> str:
         text = text[text.index('{"name"'):]
     skipped = next(i for i in range(len(start) + 1) if text.startswith(start[i:]))
     return text[len(start) - skipped:]
-
-
-def plain_value(text: str) -> object:
-    """A value of an option: a number or another JSON value, else the text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 class Written(str):

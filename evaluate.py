@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data import Sample
-from data.calls import call_keys, parse_calls
-from data.runs import (KeptStage, Record, Run, Verdict, kept_stages, prune, read_run, read_runs,
+from data.calls import as_json, call_keys, parse_calls
+from data.runs import (KeptFile, Record, Run, Verdict, kept_files, prune, read_run, read_runs,
                        write_run)
 
 
@@ -38,47 +38,42 @@ def exact_match(text: str, sample: Sample) -> Verdict:
     answer `exact` is None: neither right nor wrong."""
     if sample.answers is None:
         return Verdict(text, None, "no gold answer", {})
-    parsed, gold = parse_calls(text), sample.answers
-    reachable = {call.name for call in gold} <= {tool["name"] for tool in sample.tools}
+    parsed, gold, reason = parse_calls(text), sample.answers, ""
+    both = (parsed.calls, gold)
+    names, gold_names = [Counter([call.name for call in calls]) for calls in both]
+    said, wanted = [call_keys(calls, sample.tools) for calls in both]
+    missed, reachable = wanted - said, gold_names.keys() <= {tool["name"] for tool in sample.tools}
     measures = {"strict": 0.0, "parsed": 0.0, "name_correct": 0.0, "name_f1": 0.0,
                 "argument_f1": 0.0, "reachable": float(reachable)}
-    if parsed.recovery == "unparsable" or not parsed.calls and gold:
+    if parsed.recovery == "unparsable" or gold and not parsed.calls:
         return Verdict(text, False, "unparsable", measures)
-    said, wanted = call_keys(parsed.calls, sample.tools), call_keys(gold, sample.tools)
-    reason, parts = first_difference(said, wanted), {"name": [], "argument": [], "written": []}
-    for keys, calls in ((said, parsed.calls), (wanted, gold)):
-        parts["name"].append(Counter([call.name for call in calls]))
-        parts["argument"].append(Counter([(name, *pair) for name, pairs in keys.elements()
-                                          for pair in pairs]))
-        parts["written"].append(Counter([(call.name, json.dumps(call.arguments, sort_keys=True))
-                                         for call in calls]))
-    for part in ("name", "argument"):               # 2 |P and G| / (|P| + |G|), one to one
-        predicted, golden = parts[part]
+    if len(parsed.calls) != len(gold):
+        reason = f"wrong number of calls: {len(parsed.calls)} for {len(gold)}"
+    elif names != gold_names:
+        wrong, right = next(iter(names - gold_names)), next(iter(gold_names - names))
+        reason = f"wrong name: {wrong:.40} for {right}"
+    elif missed:
+        reason = wrong_argument(said - wanted, *next(iter(missed)))
+    parts, gold_parts = [Counter([(name, *pair) for name, pairs in keys.elements()
+                                  for pair in pairs]) for keys in (said, wanted)]
+    for part, predicted, golden in (("name", names, gold_names), ("argument", parts, gold_parts)):
         total, common = predicted.total() + golden.total(), (predicted & golden).total()
+        # 2 |P and G| / (|P| + |G|), one to one
         measures[f"{part}_f1"] = 2 * common / total if total else 1.0
-    as_asked = not parsed.recovery and parts["written"][0] == parts["written"][1]
+    written, asked = [Counter([(call.name, as_json(call.arguments, sort_keys=True))
+                               for call in calls]) for calls in both]
+    as_asked = not parsed.recovery and written == asked
     measures |= {"strict": float(not reason and as_asked), "parsed": float(bool(parsed.calls)),
-                 "name_correct": float(parts["name"][0] == parts["name"][1])}
+                 "name_correct": float(names == gold_names)}
     return Verdict(text, not reason, reason, measures)
 
 
-def first_difference(predicted: Counter, gold: Counter) -> str:
-    """The first thing by which two answers, as call keys, differ; "" if they do not."""
-    if predicted.total() != gold.total():
-        return f"wrong number of calls: {predicted.total()} for {gold.total()}"
-    names, gold_names = Counter(), Counter()
-    for keys, counts in ((predicted, names), (gold, gold_names)):
-        for name, _ in keys.elements():
-            counts[name] += 1
-    if names != gold_names:
-        wrong, right = next(iter(names - gold_names)), next(iter(gold_names - names))
-        return f"wrong name: {wrong:.40} for {right}"
-    wrong, missed = predicted - gold, gold - predicted
-    if not missed:
-        return ""
-    name, wanted = next(iter(missed))
+def wrong_argument(wrong: Counter, name: str, wanted: frozenset) -> str:
+    """How the call that is wanted differs from the nearest of the wrong ones of its name, as call
+    keys."""
     rivals = [pairs for other, pairs in wrong if other == name]
-    given, wanted = dict(nearest(rivals, wanted)), dict(wanted)
+    shared = [len(pairs & wanted) for pairs in rivals]
+    given, wanted = dict(rivals[shared.index(max(shared))]), dict(wanted)
     if lacking := wanted.keys() - given.keys():
         return f"missing argument: {min(lacking)}"
     if further := given.keys() - wanted.keys():
@@ -121,27 +116,26 @@ def summarise(records: Sequence[Record]) -> dict:
     """A run's counts, shares in [0, 1] (absent without gold answers), and seconds by stage."""
     outcomes = Counter([r.outcome for r in records])
     scored = [r for r in records if r.answer.exact is not None]
-    fixed = sum([r.answer.exact and not r.base.exact for r in scored])
-    harmed = sum([r.base.exact and not r.answer.exact for r in scored])
-    summary = {"n": len(records), "uncertain": sum([r.uncertain for r in records]),
-               "adapted": outcomes["adapted"], "no_pair": outcomes["no pair"],
-               "non_finite": outcomes["non-finite"], "out_of_memory": outcomes["out of memory"],
-               "too_long": outcomes["too long"], "fixed": fixed, "harmed": harmed,
-               "no_gold": len(records) - len(scored)}
-    reasons, rejected, seconds, measures = Counter(), Counter(), Counter(), Counter()
+    reasons = Counter([r.answer.reason.partition(":")[0] for r in scored if not r.answer.exact])
+    rejected = Counter([each["reason"].partition(":")[0] for r in records for each in r.rejected])
+    seconds, measures = Counter(), Counter()
     for record in records:
-        rejected.update([tried["reason"].partition(":")[0] for tried in record.rejected])
         seconds.update(record.seconds)
     for record in scored:
-        reasons.update([record.answer.reason.partition(":")[0]] * (not record.answer.exact))
         for when, verdict in (("base", record.base), ("answer", record.answer)):
             measures[f"{when}_accuracy"] += verdict.exact
             measures.update({f"{when}_{name}": v for name, v in verdict.measures.items()})
-    summary |= {name: total / len(scored) for name, total in measures.items()}
-    cut = sum([record.answer.reason.startswith("cut at") for record in scored])
-    return summary | {
-        "cut": cut, "reasons": dict(reasons.most_common()),
-        "rejected": dict(rejected.most_common()),
+    return {
+        "n": len(records), "uncertain": sum([r.uncertain for r in records]),
+        "adapted": outcomes["adapted"], "no_pair": outcomes["no pair"],
+        "non_finite": outcomes["non-finite"], "out_of_memory": outcomes["out of memory"],
+        "too_long": outcomes["too long"],
+        "fixed": sum([r.answer.exact and not r.base.exact for r in scored]),
+        "harmed": sum([r.base.exact and not r.answer.exact for r in scored]),
+        "no_gold": len(records) - len(scored),
+        **{name: total / len(scored) for name, total in measures.items()},
+        "cut": sum([count for why, count in reasons.items() if why.startswith("cut at")]),
+        "reasons": dict(reasons.most_common()), "rejected": dict(rejected.most_common()),
         "seconds": {stage: round(total, 3) for stage, total in seconds.items()}}
 
 
@@ -275,13 +269,13 @@ def difference(one: Run, other: Run, which: str) -> str:
     return "\n".join([printable(line.replace("\n", " ")) for line in lines])
 
 
-def stages_table(stages: Sequence[KeptStage]) -> str:
-    """The kept lines: their size, and the runs that read them."""
-    lines, total = [], sum([each.size for each in stages])
-    for each in stages:
+def files_table(files: Sequence[KeptFile]) -> str:
+    """The kept lines: the files' sizes, and the runs that read them."""
+    lines, total = [], sum([each.size for each in files])
+    for each in files:
         read = ", ".join([run.name for run in each.readers]) or "no run"
         read = read if each.key else "torn: no key tells what it is of"
-        lines.append(f"{each.size / 1e3:10,.1f} kB  {each.name}  {read}")
+        lines.append(f"{each.size / 1e3:10,.1f} kB  {each.path.stem}  {read}")
     return printable("\n".join([*lines, f"{total / 1e3:10,.1f} kB in all"]))
 
 
@@ -313,9 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def told(args: argparse.Namespace) -> str:
     """What the command line asks for."""
     if args.prune:
-        return "\n".join([f"deleted:\n{stages_table(prune(folder))}" for folder in args.runs])
+        return "\n".join([f"deleted:\n{files_table(prune(folder))}" for folder in args.runs])
     if args.stages:
-        return "\n".join([stages_table(kept_stages(folder)) for folder in args.runs])
+        return "\n".join([files_table(kept_files(folder)) for folder in args.runs])
     runs = read_runs(args.runs)
     if args.json:
         return json.dumps({str(run.folder): summarise(run.records) for run in runs}, indent=2)

@@ -135,7 +135,7 @@ class Adapted:
     seconds: float = 0.0
 
 
-@stage("T", Adapted, "adapt", "rank", "alpha", "epochs", "lr", "seed")
+@stage("T", Adapted, "adapt", "rank", "alpha", "epochs", "lr", "seed", adapters=True)
 def adapt(agent: Agent, samples: Sequence[Sample], config: Config, g: Lines) -> list[Adapted]:
     """T: each sample's pairs are learnt."""
     lessons = []

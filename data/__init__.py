@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.calls import marked_arguments
-from data.formats import KNOWN, SHAPES, json_lines, of_none
+from data.formats import ITEM_KEYS, MEND, SHAPES, of_none, read_items
 from data.runs import Verdict, code_digest, digest
 
 
@@ -119,47 +119,44 @@ def load(bench: str, data: str = "", offline: bool = False, ask: str = "") -> li
         path = cached_file(URL + name, blob, offline)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {path}; {what_there_is(path, name, data)}")
-    mend, content = "mend the file, or give another with --data", path.read_bytes()
-    try:
-        items = json.loads(content.decode("utf-8-sig"))
-        json.dumps(items, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:   # JSON Lines; or not UTF-8, NaN, endless nesting
-        items = json_lines(content, f"{path}: ", error, f"; {mend}")
-    items = [items] if isinstance(items, dict) and items else items
-    if not isinstance(items, list) or not items:
-        raise ValueError(f"{path}: not a list of samples, or an empty one; {mend}")
-    items = first_or_tools(items) if ask else items
-    found, ids, said = [], [], Counter()
+    items = first_or_tools(read_items(path)) if ask else read_items(path)
+    samples, ids, said = [], set(), Counter()
     for i, item in enumerate(items):
-        read, keys = of_none, item.keys() if isinstance(item, dict) else set()
-        for shape in SHAPES:
-            if read is of_none and keys >= set(shape):
-                read = SHAPES[shape]
+        keys = item.keys() if isinstance(item, dict) else set()
+        for shape, read in SHAPES.items():
+            if keys >= set(shape):
+                break
+        else:
+            read = of_none
         try:
-            found.append(read(item))
+            found = read(item)
         except ValueError as error:
-            raise ValueError(f"{path}, item {i}: {error}; {mend}") from None
-        id = item.get("id")
-        ids.append(str(id) if isinstance(id, (str, int)) and id != "" else f"{bench}-{i}")
-        said.update(found[-1].left_out)
-        for key in sorted(keys - KNOWN):
+            raise ValueError(f"{path}, item {i}: {error}; {MEND}") from None
+        id, tools = item.get("id"), found.tools
+        if not isinstance(id, (str, int)) or id == "":
+            id = f"{bench}-{i}"
+        said.update(found.left_out)
+        for key in sorted(keys - ITEM_KEYS):
             said[f"{key!r} is not read"] += 1
         if bench == "toolalpaca":
             # ours: left out are ToolAlpaca's entries `components` (the layout of the results).
-            tools = [t for t in found[-1].tools if t["name"] != "components" or t["parameters"]]
-            said["`components` is no tool"] += len(found[-1].tools) - len(tools)
-            found[-1].tools = tuple(tools)
-        for tool in found[-1].tools if path.name in (name, f"{bench}.json") else ():
-            if bench in ("toolalpaca", "nexusraven") and marked_arguments(tool) is None:
-                tool["required"] = []           # they mark what is required: else nothing is
-    if len(set(ids)) < len(ids):
-        ids = [f"{bench}-{i}" for i in range(len(ids))]
+            tools = tuple([t for t in tools if t["name"] != "components" or t["parameters"]])
+            said["`components` is no tool"] += len(found.tools) - len(tools)
+        if bench in ("toolalpaca", "nexusraven") and path.name in (name, f"{bench}.json"):
+            for tool in tools:                  # they mark what is required: else nothing is
+                if marked_arguments(tool) is None:
+                    tool["required"] = []
+        samples.append(Sample(str(id), found.messages, tools, found.answers))
+        ids.add(str(id))
+    if len(ids) < len(samples):
+        samples = [replace(x, id=f"{bench}-{i}") for i, x in enumerate(samples)]
         said["ids are not unique: samples are named by their place"] += 1
     for what, count in (+said).items():
         print(f"{path}: {what} ({count} times)")
     if ask:
-        return [Sample(f"{bench}-0", ({"role": "user", "content": ask},), found[0].tools, None)]
-    return [Sample(id, each.messages, each.tools, each.answers) for id, each in zip(ids, found)]
+        asked = {"role": "user", "content": ask}
+        return [Sample(f"{bench}-0", (asked,), samples[0].tools, None)]
+    return samples
 
 
 def what_there_is(path: Path, name: str, data: str) -> str:

@@ -45,8 +45,9 @@ _STRING = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)
 _TOKEN = re.compile(_STRING.pattern + r"|[][{}]", re.S)
 _OPENING = re.compile(r"[{\[]")
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?"   # JSON's: "007" is a text
-_PIECE = re.compile(rf"({_STRING.pattern})|({_NUMBER}|[Tt]rue|[Ff]alse|None|null)(?!\w)(\s*:)?|"
-                    r"(,)(?=\s*[\]}])|[\s,:\[\]{}]", re.S)
+# What may differ from JSON: a text; a word, as a key too; a comma before the end.
+_PIECE = re.compile(rf"({_STRING.pattern})|(?<!\w)({_NUMBER}|[Tt]rue|[Ff]alse|None|null)(?!\w)"
+                    r"(\s*:)?|(?<![\[{,\s])\s*,(?=\s*[\]}])", re.S)
 _ESCAPE = re.compile(r"""\\(?:u[0-9a-fA-F]{4}|["'\\/bfnrt])|(\\.)|\"""", re.S)    # [1]: not JSON's
 _NO_CALL = re.compile(r"""(\[\s*\]|```\w*\s*\[\s*\]\s*```|\{\s*"tool_calls"\s*:\s*\[\s*\]\s*\})?""")
 _THINK = re.compile(r"<(/?)think(?:ing)?>|[{\[]", re.I)
@@ -167,43 +168,32 @@ def _outermost(text: str, end: int = 0, most: int = -1) -> tuple[list[str], str]
 
 
 def _read(text: str) -> tuple[object, bool]:
-    """The list or object that a text is, None if it is neither; and whether it is JSON."""
+    """The list or object that a text is, None if it is neither; and whether it is JSON, or what is
+    near to it: Python's notation, or a mixture of both, with raw line ends in a text."""
     if _outermost(text)[1] != "{":
         return None, False
     for is_json in (True, False):
         try:
-            value = json.loads(text if is_json else _near_json(text))
-            # as JSON gives it back; this raises for what no file can hold, as NaN
-            written = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-            return json.loads(written), is_json
+            value = json.loads(text if is_json else _PIECE.sub(_as_in_json, text), strict=is_json)
+            as_json(value, allow_nan=False).encode()    # raises for what no file can hold, as NaN
+            return value, is_json
         except ValueError:
             continue
     return None, False
 
 
-def _near_json(text: str) -> str:
-    """JSON of a list or object in JSON's notation or Python's, or in a mixture of both: with either
-    quotes, True or true, None or null, a comma before the end; between double quotes with raw line
-    ends, and backslashes that JSON does not know. ValueError for anything else."""
-    parts, end, before = [], 0, "["
-    for piece in _PIECE.finditer(text):
-        if piece.start() != end or piece[4] and before in "[{,":
-            break
-        end, inner, word = piece.end(), piece[0][1:-1], piece[2]
-        before = piece[0].strip() or before
-        if piece[1]:
-            odd = "\0" in inner or any([escape[1] for escape in _ESCAPE.finditer(inner)])
-            if odd and piece[0][0] == "'":
-                raise ValueError("no text of Python's")
-            parts.append(as_json(json.loads(f'"{_ESCAPE.sub(_escape, inner)}"', strict=False)))
-        elif word:
-            word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
-            parts.append(f'"{word}":' if piece[3] else word)        # a key is a text
-        elif not piece[4]:
-            parts.append(piece[0])
-    if end != len(text):
-        raise ValueError("no list or object of plain values")
-    return "".join(parts)
+def _as_in_json(piece: re.Match) -> str:
+    """What JSON has in place of a piece of Python's notation. ValueError for a text of neither."""
+    word, inner = piece[2], piece[0][1:-1]
+    if piece[1]:
+        odd = "\0" in inner or any([escape[1] for escape in _ESCAPE.finditer(inner)])
+        if odd and piece[0][0] == "'":
+            raise ValueError("no text of Python's")
+        return f'"{_ESCAPE.sub(_escape, inner)}"'
+    if not word:
+        return ""                                       # a comma before the end
+    word = {"True": "true", "False": "false", "None": "null"}.get(word, word)
+    return f'"{word}":' if piece[3] else word           # a key is a text
 
 
 def _escape(found: re.Match) -> str:
@@ -350,9 +340,8 @@ def call_keys(calls: Sequence[Call], tools: Sequence[dict]) -> Counter:
         for name, schema in parameters.items():
             if schema.get("default") not in (None, ""):
                 values[name] = schema["default"]
-        values |= _given(call, tool)
         pairs = [(name, value_key(value, parameters.get(name, {})))
-                 for name, value in values.items()]
+                 for name, value in {**values, **_given(call, tool)}.items()]
         keys[call.name, frozenset(pairs)] += 1
     return keys
 
@@ -368,29 +357,31 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
     """What a value means under its schema, as (kind, content): ("number", Decimal("5")) for 5, 5.0
     and "5". Where a string is declared, other values are their text. Booleans are never numbers."""
     kind, schema, _ = type_of(schema)
-    if isinstance(value, str):                  # read as what is declared, or what it looks like
-        value = unicodedata.normalize("NFC", value).strip()
-        is_nested = kind in ("array", "object") or kind == "string" and value[:1] in ("[", "{")
-        nested, is_json = _read(value) if is_nested else (None, False)
-        if kind in ("integer", "number", "string", "") and re.fullmatch(_NUMBER, value):
-            texts = frozenset([value])
-            value = Spelled(Decimal(value), texts) if kind in ("string", "") else Decimal(value)
-        elif kind in ("boolean", "string", "") and value.lower() in ("true", "false"):
-            value = value.lower() == "true"
-        elif isinstance(nested, {"array": list, "object": dict}.get(kind, (list, dict))) \
-                and (is_json or kind != "string"):
-            value = nested
-    if isinstance(value, float) and not math.isfinite(value):       # NaN would not equal itself
-        value = str(value)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = Decimal(repr(value) if isinstance(value, float) else value)
-        plain = f"{number:f}"
-        own = [plain.removesuffix(".0"), repr(value) if isinstance(value, float) else plain]
-        texts = frozenset(own if kind == "string" else ())
-        value = Spelled(number, texts) if kind in ("string", "") else number
+    number, texts = None, []
     if value is None or depth == MAX_DEPTH:     # deeper was not read from a text; not looked at
         return "null", None
-    if kind == "string" and not isinstance(value, (str, Spelled)):
+    if isinstance(value, str):                  # read as what is declared, or what it looks like
+        value = unicodedata.normalize("NFC", value).strip()
+        if kind in ("integer", "number", "string", "") and re.fullmatch(_NUMBER, value):
+            number, texts = Decimal(value), [value]
+        elif kind in ("boolean", "string", "") and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
+        elif kind in ("array", "object") or kind == "string" and value[:1] in ("[", "{"):
+            nested, is_json = _read(value)
+            fitting = {"array": list, "object": dict, "string": (list, dict)}[kind]
+            if isinstance(nested, fitting) and (is_json or kind != "string"):
+                value = nested
+    elif isinstance(value, float) and not math.isfinite(value):     # NaN would not equal itself
+        value = str(value)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        written = repr(value) if isinstance(value, float) else f"{Decimal(value):f}"
+        number = Decimal(written)
+        texts = [written, f"{number:f}".removesuffix(".0")] if kind == "string" else []
+    if number is not None and kind in ("string", ""):
+        return kind or "number", Spelled(number, frozenset(texts))
+    if number is not None:
+        return "number", number
+    if kind == "string" and not isinstance(value, str):
         return "string", unicodedata.normalize("NFC", as_json(value, sort_keys=True))
     if isinstance(value, dict):
         inner = schema.get("properties")
@@ -400,9 +391,7 @@ def value_key(value: object, schema: dict, depth: int = 0) -> tuple[str, Hashabl
     if isinstance(value, list):
         items = items_of(schema)
         return "array", tuple([value_key(item, items, depth + 1) for item in value])
-    if kind == "string" or isinstance(value, str):
-        return "string", value
-    return "boolean" if isinstance(value, bool) else "number", value
+    return "string" if isinstance(value, str) else "boolean", value
 
 
 @dataclass(frozen=True, eq=False)

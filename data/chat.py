@@ -57,18 +57,17 @@ class Tokenizer:
         thinks = said.get("model_type") == "qwen3" and (
             not template or "enable_thinking" in str(template))
         for self.format in (QWEN3 if thinks else CHATML, LLAMA3):
-            self.special: dict[str, list] = {}
+            self.special: dict[str, int | None] = {}
             for piece in (*self.format.start, *self.format.turn):
                 if piece.startswith("<|"):
-                    self.special[piece] = [self.bpe.token_to_id(piece)]
-            if [None] not in self.special.values():
+                    self.special[piece] = self.bpe.token_to_id(piece)
+            if None not in self.special.values():
                 break
         else:
             raise ValueError(f"{folder}: tokenizer.json has the tokens of no chat format that is "
                              "implemented: ChatML's (<|im_start|>, <|im_end|>), or Llama 3's "
                              "(<|start_header_id|>, <|end_header_id|>, <|eot_id|>)")
-        self.im_start, = self.special[self.format.turn[0]]      # begins a turn, in any format
-        self.im_end, = [*self.special.values()][-1]             # ends it
+        self.im_end = [*self.special.values()][-1]      # ends a turn, in any format
         eos = said.get("eos_token_id")          # of a base model it may lack the turn's end
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self.eos: frozenset[int] = frozenset([*eos, self.im_end])
@@ -101,10 +100,11 @@ class Tokenizer:
         for pieces, turn in [*turns, (form.opening, {})]:
             ids = []
             for piece in pieces:
-                ids += self.special.get(piece) or self.encode(piece.format(**turn))
+                special = piece in self.special
+                ids += [self.special[piece]] if special else self.encode(piece.format(**turn))
             parts.append(ids)
         system, *others = parts
-        start = [self.special[piece][0] for piece in form.start]
+        start = [self.special[piece] for piece in form.start]
         return start + system, [*chain(*others), *self.encode(begun)]
 
     def encode(self, text: str) -> list[int]:

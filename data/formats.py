@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.calls import Call, as_json, call_text, parse_calls
 
@@ -12,14 +13,57 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "agent": "as
          "gpt": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool",
          "observation": "tool", "system": "system", "developer": "system"}
 NOT_ARGUMENTS = {"$schema", "$defs", "additionalProperties"}    # tell a schema without a "type"
-KNOWN = {"id", "query", "tools", "answers", "messages", "conversations", "functions", "system",
-         "instruction", "input", "expected_output"}
+ITEM_KEYS = {"id", "query", "tools", "answers", "messages", "conversations", "functions", "system",
+             "instruction", "input", "expected_output"}         # the others are not read
+TOOL_KEYS = {"api_name": "name", "api_description": "description", "inputSchema": "parameters",
+             "input_schema": "parameters", "input_parameters": "parameters"}    # others' -> ours
+MEND = "mend the file, or give another with --data"
 KINDS = {b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"BZh": "bzip2",
          b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"ARROW1": "Arrow", b"SQLite": "SQLite",
          b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"<": "HTML or XML",
          b"version https://git-lfs": "a pointer of Git LFS, not the file itself"}
 
 
+# --- The items of a file --------------------------------------------------------------------------
+def read_items(path: Path) -> list:
+    """The items of a file of JSON or JSON Lines: its list, or the one under "data", or its one
+    object. ValueError says where the file is wrong, and how; OSError that there is none."""
+    content = path.read_bytes()
+    try:
+        items = json.loads(content.decode("utf-8-sig"))
+        as_json(items, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:   # JSON Lines; or not UTF-8, NaN, endless nesting
+        items = json_lines(content, path, error)
+    if isinstance(items, dict) and items:
+        items = items["data"] if isinstance(items.get("data"), list) else [items]
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{path}: not a list of samples, or an empty one; {MEND}")
+    return items
+
+
+def json_lines(content: bytes, path: Path, error: Exception) -> list:
+    """The items of JSON Lines, of a file that as a whole is no JSON because of `error`; ValueError
+    says what the file is."""
+    kind = [KINDS[start] for start in KINDS if content.startswith(start)]
+    kind += ["a table of text"] * (path.suffix in (".csv", ".tsv"))
+    if kind:
+        raise ValueError(f"{path}: is {kind[0]}; JSON and JSON Lines in UTF-8 are read; {MEND}")
+    items, text = [], content.removeprefix(b"\xef\xbb\xbf")
+    is_lines = text.lstrip().startswith(b"{")
+    for number, line in enumerate(text.split(b"\n"), 1):
+        try:
+            if is_lines and line.strip():
+                items.append(json.loads(line.decode()))
+                as_json(items[-1], allow_nan=False).encode()
+        except (ValueError, RecursionError) as fault:
+            error, items = f"line {number}: {fault}" if items else error, []
+            break
+    if not items:
+        raise ValueError(f"{path}: cannot be read and written as JSON ({error}); {MEND}")
+    return items
+
+
+# --- One reader a shape: an item -> what it says; ValueError says what is wrong in it -------------
 @dataclass
 class Item:
     """What a reader makes of an item of a file."""
@@ -29,7 +73,6 @@ class Item:
     left_out: Sequence[str] = ()
 
 
-# --- One reader a shape: an item -> what it says; ValueError says what is wrong in it -------------
 def of_query(item: dict) -> Item:
     """{"query", "tools", "answers"}, as the benchmarks and xLAM have it."""
     query, raw, answers = item["query"], item.get("answers"), []
@@ -39,10 +82,10 @@ def of_query(item: dict) -> Item:
     raw = decoded(raw, "answers") if isinstance(raw, str) else raw
     if not isinstance(raw, (list, type(None))):
         raise ValueError("'answers' is of a wrong type")
-    for i, each in enumerate(raw or ()):            # SealTool says "tool" and "parameters"
+    for i, each in enumerate(raw or ()):    # SealTool says "tool", or "api", and "parameters"
         if not isinstance(each, dict):
             raise ValueError(f"answer {i}: not an object")
-        call = Call(each.get("name", each.get("tool")),
+        call = Call(each.get("name", each.get("tool", each.get("api"))),
                     each.get("arguments", each.get("parameters")))
         if call.name and isinstance(call.name, str) and isinstance(call.arguments, dict):
             answers.append(call)
@@ -63,7 +106,8 @@ def of_chat(item: dict) -> Item:
         raise ValueError("the turns are no list of objects")
     first = str(turns[0].get("value")) if turns else ""
     if seals := re.search(r'^api_list = (\[.*])\ntask_instruction = "(.*)"$', first, re.M | re.S):
-        return of_sealtools(seals[1], seals[2], str(turns[-1].get("value")) if turns[1:] else None)
+        gold = turns[-1].get("value") if turns[1:] else None        # Seal-Tools' own
+        return of_query({"query": seals[2], "tools": seals[1], "answers": gold})
     for turn in [{"role": "system", "content": item.get("system") or ""}, *turns]:
         role, text = str(turn.get("role", turn.get("from"))), turn.get("content", turn.get("value"))
         if ROLES.get(role) == "system" and isinstance(text, str):
@@ -92,41 +136,23 @@ def of_chat(item: dict) -> Item:
     return Item(read_turns(kept[:end], names), tools, answers, left_out)
 
 
-def of_sealtools(tools: str, request: str, calls: str | None) -> Item:
-    """Seal-Tools' own conversations: {"api_name", "api_description"} tools and {"api"} calls, as
-    Python writes them."""
-    try:
-        offered, gold = ast.literal_eval(tools), calls and ast.literal_eval(calls)
-        for each in offered:
-            each |= {"name": each["api_name"], "description": each.get("api_description")}
-        for each in gold or ():
-            each |= {"name": each["api"]}
-    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
-        raise ValueError(f"no 'api_list' or no calls as Seal-Tools has them ({error})") from None
-    return of_query({"query": request, "tools": offered, "answers": gold})
-
-
 def of_apibank(item: dict) -> Item:
     """{"instruction", "input", "expected_output"} of API-Bank's own files: a tool a line as JSON; a
     turn a line; calls in words, with the result behind "->"."""
     asked, said, gold = [item[key] for key in ("instruction", "input", "expected_output")]
     if not all([isinstance(text, str) for text in (asked, said, gold)]):
         raise ValueError("'instruction', 'input' or 'expected_output' is no text")
-    tools, turns = [], []
-    for line in asked.split("\n"):
-        if line.startswith("{"):
-            tool = decoded(line, "instruction")
-            tools.append({**tool, "parameters": tool.get("input_parameters")})
-    for line in f"{said}\n{gold}".split("\n"):
-        who, text = re.fullmatch("(?:(User|AI|API-Request): ?)?(.*)", line).groups()
-        if who:
-            call, arrow, result = text.partition("]->") if who == "API-Request" else (text, "", "")
-            role = "user" if who == "User" else "assistant"
-            turns.append({"role": role, "content": call + "]" * bool(arrow)})
-            if arrow:
-                turns.append({"role": "tool", "content": result})
-        elif turns and text.strip() and not text.startswith("Generate "):
-            turns[-1]["content"] += "\n" + text
+    tools = [decoded(line, "instruction") for line in asked.split("\n") if line.startswith("{")]
+    said = re.sub("^Generate .*", "", said, flags=re.M)         # API-Bank's way of asking
+    parts, turns = re.split("^(User|AI|API-Request): ?", f"{said}\n{gold}", flags=re.M), []
+    for who, text in zip(parts[1::2], parts[2::2]):
+        call, arrow, result = text.strip().partition("]->")
+        if who == "API-Request" and arrow:
+            turns += [{"role": "assistant", "content": f"{call}]"},
+                      {"role": "tool", "content": result}]
+        else:
+            turns.append({"role": "user" if who == "User" else "assistant",
+                          "content": text.strip()})
     return of_chat({"messages": turns, "tools": tools})
 
 
@@ -212,23 +238,22 @@ def calls_in_words(text: str, names: Sequence[str]) -> Sequence[Call]:
 
 
 def read_tools(raw: object) -> tuple[dict, ...]:
-    """The tools on offer, bare or in OpenAI's {"function"}, with MCP's or Anthropic's name for the
-    schema; a full JSON schema is flattened, its definitions are put where they are named."""
+    """The tools on offer, bare or in OpenAI's {"function"}, under the names of TOOL_KEYS; a full
+    JSON schema is flattened, its definitions are put where they are named."""
     tools, raw = {}, decoded(raw, "tools") if isinstance(raw, str) else raw
     if not isinstance(raw, list):
         raise ValueError("'tools' is missing or of a wrong type")
     for i, each in enumerate(raw):
         if isinstance(each, dict) and isinstance(each.get("function"), dict):
             each = each["function"]
-        name = each.get("name") if isinstance(each, dict) else None
+        each = each if isinstance(each, dict) else {}
+        each = {TOOL_KEYS.get(key, key): part for key, part in each.items() if part is not None}
+        name, parameters = each.get("name"), each.get("parameters", {})
         if not isinstance(name, str) or not name:
             raise ValueError(f"tool {i}: no name")
-        parameters, required = each.get("parameters"), each.get("required")
-        for key in ("inputSchema", "input_schema"):
-            parameters = each.get(key) if parameters is None else parameters
-        parameters = {} if parameters is None else parameters
-        if '"$ref"' in json.dumps(parameters):
+        if isinstance(parameters, dict) and '"$ref"' in json.dumps(parameters):
             parameters = inlined(parameters, {**each, **parameters}, (), [10_000])
+        required = each.get("required")
         kind = parameters.get("type", "") if isinstance(parameters, dict) else {}
         inner = parameters.get("properties") if kind != {} else None
         if kind and isinstance(kind, (str, list)) or kind == "" and (
@@ -236,8 +261,7 @@ def read_tools(raw: object) -> tuple[dict, ...]:
                     [isinstance(value, (dict, bool)) for value in inner.values()])):
             # a full JSON schema: what it does not mark may be left out
             required, parameters = parameters.get("required") or required or [], inner or {}
-        description = "" if each.get("description") is None else each["description"]
-        tool = {"name": name, "description": description, "parameters": parameters}
+        tool = {"name": name, "description": each.get("description", ""), "parameters": parameters}
         if required is not None:
             tool["required"] = required
         for key, kind in {"description": str, "parameters": dict, "required": list}.items():
@@ -274,29 +298,10 @@ def inlined(schema: object, root: dict, chain: tuple[str, ...], left: list[int])
 
 
 def decoded(text: str, what: str) -> object:
-    """The JSON that is written as a text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{what!r} is a text that is no JSON") from None
-
-
-def json_lines(content: bytes, where: str, error: Exception, mend: str) -> list:
-    """The items of JSON Lines, of a file that as a whole is no JSON because of `error`; ValueError
-    says what the file is."""
-    kind = [KINDS[start] for start in KINDS if content.startswith(start)]
-    kind += ["a table of text"] * where.endswith((".csv: ", ".tsv: "))
-    if kind:
-        raise ValueError(f"{where}is {kind[0]}; JSON and JSON Lines in UTF-8 are read{mend}")
-    items, is_lines = [], content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
-    for number, line in enumerate(content.split(b"\n"), 1):
+    """The value that is written as a text, in JSON or as Python writes it."""
+    for read in (json.loads, ast.literal_eval):
         try:
-            if is_lines and line.strip():
-                items.append(json.loads(line.decode("utf-8-sig")))
-                as_json(items[-1], allow_nan=False).encode()
-        except (ValueError, RecursionError) as fault:
-            error, items = f"line {number}: {fault}" if items else error, []
-            break
-    if not items:
-        raise ValueError(f"{where}cannot be read and written as JSON ({error}){mend}")
-    return items
+            return json.loads(as_json(read(text), allow_nan=False))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    raise ValueError(f"{what!r} is a text that is no JSON")

@@ -39,12 +39,13 @@ class Stage:
     line: type                  # the dataclass of a line; it has the fields id, failed and seconds
     reads: tuple[str, ...]      # the options and facts that a line depends on
     code: str                   # a digest of the function and of what it names
+    adapters: bool              # with --keep-adapters it leaves an adapter beside each line
 
 
-def stage(name: str, line: type, *reads: str) -> Callable:
+def stage(name: str, line: type, *reads: str, adapters: bool = False) -> Callable:
     """Mark a function (agent, samples, config, *lines seen) -> lines as a stage, for `Kept`."""
     def mark(function: Callable) -> Callable:
-        function.stage = Stage(name, line, reads, code_digest(function))
+        function.stage = Stage(name, line, reads, code_digest(function), adapters)
         return function
     return mark
 
@@ -138,23 +139,24 @@ class Kept:
         name = f"{stem}-{digest(key)[:12]}"
         if name not in self.lines:
             self.keys[name], self.lines[name] = key, self.read(stage, name)
-        lines, of, wanted = self.lines[name], {x.id: digest(x) for x in samples}, {}
-        if self.config.keep_adapters and "rank" in stage.reads:     # sample -> the adapter's mark
-            wanted = {x.id: adapter_folder(self.config.out, x.id) / "line" for x in samples}
-        missing = []
+        lines, of = self.lines[name], {x.id: digest(x) for x in samples}
+        marks, missing = {}, []         # marks: a sample -> the file that names its adapter's line
+        if stage.adapters and self.config.keep_adapters:
+            marks = {x.id: adapter_folder(self.config.out, x.id) / "line" for x in samples}
         for x in samples:
-            mark, line = wanted.get(x.id), lines.get(of[x.id])
-            if not line or mark and not line.failed and not (
-                    mark.is_file() and mark.read_text() == f"{name} {of[x.id]}"):
+            line, mark = lines.get(of[x.id]), marks.get(x.id)
+            is_there = not mark or mark.is_file() and mark.read_text() == f"{name} {of[x.id]}"
+            if not line or not (line.failed or is_there):
                 missing.append(x)
         if missing and not self.computing:
             raise Missing(missing[0].id)
         while missing:
-            new = {of[line.id]: line for line in self.compute(function, missing, seen)}
-            fresh = {each: line for each, line in new.items() if each not in lines}
+            new, fresh = {of[line.id]: line for line in self.compute(function, missing, seen)}, {}
             for each, line in new.items():
-                if line.id in wanted and not line.failed:
-                    wanted[line.id].write_text(f"{name} {each}")
+                if each not in lines:
+                    fresh[each] = line
+                if line.id in marks and not line.failed:
+                    marks[line.id].write_text(f"{name} {each}")
             if fresh:
                 self.append(name, [{"of": each, **asdict(line)} for each, line in fresh.items()])
             lines |= fresh
@@ -241,7 +243,8 @@ def digest(value: object) -> str:
 def key_in(path: Path) -> dict:
     """The key that a file of kept lines begins with; {} if that line is torn."""
     try:
-        return json.loads(path.read_bytes().partition(b"\n")[0])["key"]
+        with open(path, "rb") as file:
+            return json.loads(file.readline())["key"]
     except (ValueError, TypeError, LookupError):
         return {}
 
@@ -265,21 +268,25 @@ def forget(config: object, facts: dict) -> None:
 
 
 @dataclass
-class KeptStage:
-    """The files of a stage's kept lines, one a process, and the run folders whose key names it."""
-    name: str                   # as H-<bench>-<model>-<digest>
-    key: dict                   # {}: it is torn in each file
-    paths: list[Path]
+class KeptFile:
+    """A file of kept lines, and the run folders whose configuration reads it."""
+    path: Path
+    key: dict                   # {}: it is torn
     size: int                   # bytes
     readers: list[Path]
 
 
-def kept_stages(folder: Path) -> list[KeptStage]:
-    """What is kept in a folder of runs, such as runs/. FileNotFoundError if it is none, ValueError
-    for a run folder in it that does not tell what it reads."""
-    found, runs = {}, []
+def stages_in(folder: Path) -> Path:
+    """Where a folder of runs, such as runs/, keeps lines. FileNotFoundError if it is none."""
     if not (folder / "stages").is_dir():
         raise FileNotFoundError(f"no folder {folder}/stages: give a folder of runs, such as runs")
+    return folder / "stages"
+
+
+def kept_files(folder: Path) -> list[KeptFile]:
+    """What is kept in a folder of runs; ValueError for a run folder in it that does not tell what
+    it reads."""
+    runs, found = [], []
     for path in sorted(folder.glob("*/config.json")):
         try:
             config = json.loads(path.read_bytes())
@@ -287,32 +294,27 @@ def kept_stages(folder: Path) -> list[KeptStage]:
         except (ValueError, TypeError, LookupError):
             raise ValueError(f"{path} does not tell what its run reads: is it damaged, or of an "
                              "older version? Mend it, or delete that folder") from None
-    for path in sorted(folder.glob("stages/*.jsonl")):
-        name = path.name.rsplit(".", 2)[0]
-        each = found.setdefault(name, KeptStage(name, {}, [], 0, []))
-        each.key = each.key or key_in(path)
-        each.paths.append(path)
-        each.size += path.stat().st_size
-    for each in found.values():
-        for run, known, code in runs if each.key else ():
-            named = each.name.startswith(f"{each.key['stage']}-{known['bench']}-")
-            if named and agrees(each.key, known, code):
-                each.readers.append(run)
-    return list(found.values())
+    for path in sorted(stages_in(folder).glob("*.jsonl")):
+        found.append(KeptFile(path, key_in(path), path.stat().st_size, []))
+        key = found[-1].key
+        for run, known, code in runs if key else ():
+            is_named = path.name.startswith(f"{key['stage']}-{known['bench']}-")
+            if is_named and agrees(key, known, code):
+                found[-1].readers.append(run)
+    return found
 
 
-def prune(folder: Path) -> list[KeptStage]:
+def prune(folder: Path) -> list[KeptFile]:
     """Delete the kept lines that no run folder's key names, and tell which they were; not those
     with a torn key. ValueError while a run works in this folder."""
-    kept_stages(folder)                             # is it such a folder?
-    with open(folder / "stages" / ".lock", "a") as lock:
+    with open(stages_in(folder) / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"a run works in {folder}: prune when it has ended") from None
-        unread = [each for each in kept_stages(folder) if each.key and not each.readers]
-        for path in [path for each in unread for path in each.paths]:
-            path.unlink()
+        unread = [each for each in kept_files(folder) if each.key and not each.readers]
+        for each in unread:
+            each.path.unlink()
     return unread
 
 
@@ -375,15 +377,14 @@ class Run:
 
 # options that change no outcome, or whose effect the facts tell; facts that tell of the machine
 FREE = {"ask", "batch", "checkpointing", "out", "device", "dtype", "pack", "offline",
-        "keep_adapters", "fresh"}
-TOLD = {"torch", "python"}
+        "keep_adapters", "fresh", "torch", "python"}
 
 
 def run_folder(config: object, facts: dict) -> str:
     """The run folder --out, in which a "*" at the end stands for a short digest of what the run
     depends on. ValueError if it holds a run of another configuration."""
     mine = {**vars(config), **facts}
-    for name in FREE | TOLD:
+    for name in FREE:
         mine.pop(name, None)
     mine, was = json.loads(json.dumps(mine)), []
     folder = config.out.removesuffix("*") + digest(mine)[:6] * config.out.endswith("*")
@@ -418,8 +419,6 @@ def write_run(run: Run, summary: dict) -> bool:
         if there.is_file() and there.read_bytes().count(b"\n") > len(run.records):
             return False
         for name, content in contents.items():
-            if (run.folder / name).is_file() and (run.folder / name).read_text() == content:
-                continue                            # another process has written it
             temporary = run.folder / f"{name}.{os.getpid()}.tmp"
             try:
                 with open(temporary, "w", encoding="utf-8") as file:

@@ -220,7 +220,7 @@ def gold_pair(agent: Agent, samples: Samples, config: LessonConfig, h: Lines,
     return [Found(x.id, pairs=[Pair(request_text(x), text)]) for x, text in zip(samples, texts)]
 
 
-@stage("lessons", Looked, *adapt.stage.reads, "lesson", "measure_kl", "everyone")
+@stage("lessons", Looked, *adapt.stage.reads, "lesson", "measure_kl", "everyone", adapters=True)
 def learn_others(agent: Agent, samples: Samples, config: LessonConfig, g: Lines,
                  everyone: Lines) -> list[Adapted]:
     """T with other lessons; with the KL, for the first sample alone."""

@@ -152,7 +152,7 @@ def draw_adapted(agent: Agent, x: Sample, params: Params, config: RivalConfig) -
     return asdict(replace(line, seconds=time.perf_counter() - start))
 
 
-@stage("T+S", Looked, *adapt.stage.reads, *draw.stage.reads)
+@stage("T+S", Looked, *adapt.stage.reads, *draw.stage.reads, adapters=True)
 def adapt_and_draw(agent: Agent, samples: Samples, config: RivalConfig, g: Lines) -> list[Looked]:
     """T of the first sample, and sampled answers of its adapted model."""
     lessons = pairs_as_lessons(samples[0], g[samples[0].id])

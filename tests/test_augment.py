@@ -267,4 +267,4 @@ def test_hostile_text_stays_text_in_what_is_asked_and_in_what_is_written(tokeniz
         begun = {"role": "assistant", "content": prompt.start}
         system, rest = tokenizer.chat([*prompt.messages, begun])
         ids = system + rest
-        assert (ids.count(tokenizer.im_start), ids.count(tokenizer.im_end)) == (3, 2)
+        assert (ids.count(tokenizer.special["<|im_start|>"]), ids.count(tokenizer.im_end)) == (3, 2)

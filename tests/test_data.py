@@ -279,8 +279,9 @@ def test_seal_tools_own_conversations_are_read(tmp_path):
                              "parameters": {"room": {"type": "str"}}},)
     assert sample.answers == (Call("setLamp", {"room": "hall"}),)
     assert loaded_file(tmp_path, [{"conversations": talk[:1]}])[0].answers is None
-    for wrong in (asked.replace("api_name", "name"), asked.replace("[{", "[{{")):
-        with pytest.raises(ValueError, match="item 0: no 'api_list'"):
+    for wrong, said in ((asked.replace("api_name", "title"), "tool 0: no name"),
+                        (asked.replace("[{", "[{{"), "'tools' is a text that is no JSON")):
+        with pytest.raises(ValueError, match=f"item 0: {said}"):
             loaded_file(tmp_path, [{"conversations": [{"from": "human", "value": wrong}]}])
 
 
@@ -399,6 +400,7 @@ def test_a_table_of_text_is_named(tmp_path):
     ({"tools": []}, ": no tool to call"), ({"tools": [TOOL, TOOL]}, ": two tools are named f"),
     ({"tools": ["f"]}, ": tool 0: no name"), ({"tools": [TOOL, {"name": ""}]}, ": tool 1: no name"),
     ({"tools": [TOOL | {"parameters": []}]}, ": tool 0: f: 'parameters' is of a wrong type"),
+    ({"tools": [TOOL | {"parameters": [{"$ref": "#"}]}]}, "f: 'parameters' is of a wrong type"),
     ({"tools": [TOOL | {"parameters": {"x": "string"}}]}, "f: parameter 'x' is not an object"),
     ({"tools": [TOOL | {"required": "x"}]}, "f: 'required' is of a wrong type"),
     ({"answers": ["f"]}, ": answer 0: not an object"),

@@ -25,7 +25,7 @@ import evaluate
 import train
 from augment import Found
 from data import Sample
-from data.runs import (Kept, Lines, agrees, code_digest, definitions, forget, kept_stages, key_in,
+from data.runs import (Kept, Lines, agrees, code_digest, definitions, forget, kept_files, key_in,
                        prune, read_run, stage)
 from train import TINY, Agent, Config, fill_in, main, self_improve
 
@@ -791,8 +791,8 @@ def test_an_id_names_its_adapters_folder_where_it_can(tmp_path, id, name):
 def read_by(folder: Path) -> dict[str, list[str]]:
     """stage -> the names of the runs that read its kept lines, those of each key sorted."""
     found = {}
-    for each in kept_stages(folder):
-        found.setdefault(each.name[0], []).append(sorted(path.name for path in each.readers))
+    for each in kept_files(folder):
+        found.setdefault(each.path.name[0], []).append(sorted(path.name for path in each.readers))
     return {stage: sorted(readers) for stage, readers in found.items()}
 
 

@@ -22,7 +22,7 @@ import torch
 import train
 from augment import synthesize
 from data import Sample, Task, request_text
-from data.formats import json_lines
+from data.formats import MEND, read_items
 from data.runs import (NON_FINITE, Kept, Lines, Record, code_digest, digest, read_run, run_folder,
                        stage)
 from evaluate import summarise
@@ -58,25 +58,16 @@ class SampledConfig(TaskConfig):
 
 def read_samples(name: str, path: Path, read: Callable[[dict], list[Sample]]) -> list[Sample]:
     """The samples of a file of JSON or JSON Lines, in file order; sample i keeps its own id, or is
-    named f"{name}-{i}". read: the samples of one item of the file, or a ValueError. An object whose
-    "data" is a list is that list. ValueError (where the file is wrong, and how) or OSError."""
-    mend, content, found = "mend the file, or give another with --data", path.read_bytes(), []
-    try:
-        items = json.loads(content.decode("utf-8-sig"))
-        json.dumps(items, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        items = json_lines(content, f"{path}: ", error, f"; {mend}")
-    if isinstance(items, dict):
-        items = items["data"] if isinstance(items.get("data"), list) else [items]
-    if not isinstance(items, list) or not items:
-        raise ValueError(f"{path}: not a list of samples, or an empty one; {mend}")
-    for i, item in enumerate(items):
+    named f"{name}-{i}". read: the samples of one item of the file, or a ValueError. ValueError
+    (where the file is wrong, and how) or OSError."""
+    found = []
+    for i, item in enumerate(read_items(path)):
         try:
             if not isinstance(item, dict):
                 raise ValueError("not a JSON object")
             found += read(item)
         except ValueError as error:
-            raise ValueError(f"{path}, item {i}: {error}; {mend}") from None
+            raise ValueError(f"{path}, item {i}: {error}; {MEND}") from None
     named = [replace(x, id=x.id or f"{name}-{i}") for i, x in enumerate(found)]
     if len({x.id for x in named}) < len(named):
         print(f"{path}: ids are not unique: samples are named by their place")
@@ -190,7 +181,7 @@ def assess_sampled(agent: Agent, samples: Samples, config: SampledConfig) -> lis
 
 # --- Algorithm 1, and what it is compared with ----------------------------------------------------
 
-@stage("other", Adapted, *adapt.stage.reads)
+@stage("other", Adapted, *adapt.stage.reads, adapters=True)
 def learn_of_others(agent: Agent, samples: Samples, config: TaskConfig, g: Lines,
                     others: Lines) -> list[Adapted]:
     """T with the pairs of another sample each."""

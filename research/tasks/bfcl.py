@@ -19,7 +19,7 @@ import train
 from augment import try_call_first, try_joint
 from data import Sample, Task
 from data.calls import Call, call_start, call_text
-from data.formats import json_lines, read_tools, read_turns
+from data.formats import read_items, read_tools, read_turns
 from research.tasks import TaskConfig, program, read_samples
 from research.tasks.bfcl_rule import verdict
 
@@ -31,7 +31,7 @@ def load(name: str, path: Path, read: Callable) -> list[Sample]:
     """The samples of a file, with the gold calls that stand beside it."""
     beside, golds = path.parent / "possible_answer" / path.name, {}
     if beside.is_file():
-        for each in json_lines(beside.read_bytes(), f"{beside}: ", ValueError("no lines"), ""):
+        for each in read_items(beside):
             if isinstance(each, dict):
                 golds[str(each.get("id"))] = each.get("ground_truth")
     return read_samples(name, path, partial(read, golds=golds))
