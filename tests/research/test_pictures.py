@@ -85,7 +85,7 @@ def test_the_growth_of_costs_is_drawn_from_the_benchmarks_table(tmp_path, capsys
     assert [text.get_text() for text in axes.texts] == ["8"] * 5
     (tmp_path / "growth.txt").write_text("nothing\n")
     assert pictures.main(args) == 2
-    assert "no table of seconds" in capsys.readouterr().err
+    assert "no table by length" in capsys.readouterr().err
 
 
 def test_the_benchmark_prints_the_columns_that_are_drawn():

@@ -162,7 +162,12 @@ def test_seeds_are_one_group_and_its_figures_are_those_by_hand():
     # means over seeds: 1, -1/2, 0, 0, 1/2; of 8 sums of flips, 6 are as far from 0 as 1 is
     assert row["p"] == row["holm"] == "0.7500"
     assert (row["uncertain"], row["acted"], row["TPR"]) == pytest.approx((70, 70, 100))
-    assert row["changed"] == pytest.approx(40)                  # 3 of 5 texts, and 1 of 5
+
+
+def test_an_answer_of_another_text_has_changed_though_its_verdict_has_not():
+    other = replace(RECORDS[3], answer=replace(RECORDS[3].answer, text="something else"))
+    row, = gains_of([run([*RECORDS[:3], other])])
+    assert row["changed"] == 25
 
 
 @pytest.mark.parametrize("other", [
