@@ -21,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")                   # draw into files; no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator
 from scipy.special import softmax
 
 from data.runs import Record, Run
@@ -170,8 +171,10 @@ def draw_growth(axes, rows: Sequence[dict[str, float]]) -> None:
     """Seconds of a sample by the length of its prompt, where it has the fewest tools; and a mark
     where it has more."""
     fewest = min([row["tools"] for row in rows])
+    few = [row for row in rows if row["tools"] == fewest]
     for column, (name, color, line) in COSTS.items():
-        few = [row for row in rows if row["tools"] == fewest]
+        if np.isnan([row[column] for row in rows]).all():
+            continue
         axes.plot([row["tokens"] for row in few], [row[column] for row in few], line, color=color,
                   marker="o", markersize=3, label=name)
         for row in rows:
@@ -180,6 +183,10 @@ def draw_growth(axes, rows: Sequence[dict[str, float]]) -> None:
                               color=color, ha="center", va="center")
     axes.set(xlabel=f"tokens of the prompt ({fewest:.0f} tools; a number: so many)",
              ylabel="seconds of a sample", xscale="log", yscale="log")
+    axes.set_xticks([row["tokens"] for row in few], [f"{row['tokens']:.0f}" for row in few])
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def save(draw, data, title: str, file: Path) -> None:
