@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data import Sample
-from data.calls import as_json, call_keys, parse_calls
+from data.calls import call_keys, parse_calls
 from data.runs import (KeptFile, Record, Run, Verdict, kept_files, prune, read_run, read_runs,
                        write_run)
 
@@ -60,7 +60,7 @@ def exact_match(text: str, sample: Sample) -> Verdict:
         total, common = predicted.total() + golden.total(), (predicted & golden).total()
         # 2 |P and G| / (|P| + |G|), one to one
         measures[f"{part}_f1"] = 2 * common / total if total else 1.0
-    written, asked = [Counter([(call.name, as_json(call.arguments, sort_keys=True))
+    written, asked = [Counter([(call.name, json.dumps(call.arguments, sort_keys=True))
                                for call in calls]) for calls in both]
     as_asked = not parsed.recovery and written == asked
     measures |= {"strict": float(not reason and as_asked), "parsed": float(bool(parsed.calls)),

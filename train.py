@@ -328,6 +328,7 @@ def exit_codes(main: Callable) -> Callable:
     """Print a program's error as one sentence and return 2; return 130 when it is interrupted."""
     @wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        """The program with its errors told, and interrupted once; gives its exit code."""
         before = {}
         if threading.current_thread() is threading.main_thread():   # only it may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):  # also in a job that ignores SIGINT
@@ -455,7 +456,7 @@ def set_up(config: Config, task: Task = CALLING,
             "bundled samples, not the benchmark": config.data == "bundled",
             f"the samples of {config.data}": Path(config.data).expanduser().is_file(),
             "the real samples": True}
-    what = next(what for what, holds in said.items() if holds)
+    what = next(filter(said.get, said))         # the first that holds
     print(f"{config.bench}: {config.model} on {what}; {config.device}, {config.dtype}   (--model, "
           "--data and --device change it)", flush=True)
     samples = samples or data.load(config.bench, config.data, config.offline, config.ask)

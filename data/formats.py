@@ -31,7 +31,7 @@ def read_items(path: Path) -> list:
     content = path.read_bytes()
     try:
         items = json.loads(content.decode("utf-8-sig"))
-        as_json(items, allow_nan=False).encode()
+        json.dumps(items, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:   # JSON Lines; or not UTF-8, NaN, endless nesting
         items = json_lines(content, path, error)
     if isinstance(items, dict) and items:

@@ -200,6 +200,24 @@ def qini(score: np.ndarray, gain: np.ndarray) -> dict[str, float]:
     return {"Qini": (curve - np.linspace(0, curve[-1], len(curve))).mean()}
 
 
+# --- What is drawn together ----------------------------------------------------------------------
+
+def numbered(parts: Sequence[Sequence[str]]) -> list[int]:
+    """For each sequence a number; it is the same where one begins the other."""
+    order, found, last = sorted(range(len(parts)), key=lambda i: list(parts[i])), {}, None
+    for i in order:
+        begins = last is not None and list(parts[i][:len(parts[last])]) == list(parts[last])
+        found[i] = found[last] if begins else len(set(found.values()))
+        last = last if begins else i
+    return [found[i] for i in range(len(parts))]
+
+
+def dialogues(records: Sequence[Record]) -> np.ndarray:
+    """(n,) for each record the number of its dialogue: of two whose requests begin one another it
+    is the same."""
+    return np.array(numbered([r.request.split() for r in records]), int)
+
+
 # --- Is p(1) a probability? -----------------------------------------------------------------------
 
 def has_choice(r: Record) -> bool:
@@ -261,22 +279,6 @@ def wrong_and_gain(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
 
 # --- The program ----------------------------------------------------------------------------------
 
-def numbered(parts: Sequence[Sequence[str]]) -> list[int]:
-    """For each sequence a number; it is the same where one begins the other."""
-    order, found, last = sorted(range(len(parts)), key=lambda i: list(parts[i])), {}, None
-    for i in order:
-        begins = last is not None and list(parts[i][:len(parts[last])]) == list(parts[last])
-        found[i] = found[last] if begins else len(set(found.values()))
-        last = last if begins else i
-    return [found[i] for i in range(len(parts))]
-
-
-def dialogues(records: Sequence[Record]) -> np.ndarray:
-    """(n,) for each record the number of its dialogue: of two whose requests begin one another it
-    is the same."""
-    return np.array(numbered([r.request.split() for r in records]), int)
-
-
 def with_intervals(measure: Callable[..., dict[str, float]], clusters: np.ndarray,
                    *columns: np.ndarray, digits: int = 2) -> dict[str, str]:
     """Each measure of the columns (n,) as "0.71 [0.58, 0.83]", by 1,000 resamples (Efron 1979) of
@@ -330,10 +332,11 @@ def rank_scores(scores: dict[str, np.ndarray], error: np.ndarray,
 
 def judge_calibration(records: Sequence[Record]) -> list[dict]:
     """Is p(1) the probability that the first candidate is the gold's, before and after scaling?"""
+    records = [r for r in records if has_choice(r)]
     scores, gold = choices(records)
     if len(gold) == 0:
         return [{"p(1)": "no sample has more than one candidate"}]
-    own = dialogues([r for r in records if has_choice(r)])
+    own = dialogues(records)
     right, rows = scores.argmax(1) == gold, []
     for name, p in (("as it is", softmax(scores, axis=1).max(1)),
                     ("temperature, cross-fitted", cross_fitted(scores, gold))):
@@ -342,13 +345,12 @@ def judge_calibration(records: Sequence[Record]) -> list[dict]:
     return rows
 
 
-def judge_gate(run: Run, score: np.ndarray) -> list[dict]:
+def judge_gate(run: Run, score: np.ndarray, clusters: np.ndarray) -> list[dict]:
     """What a run's gate is worth, as it is and at matched budgets of a score: against wrong direct
     answers, against "adapting fixes it", and in points gained, of which a sample that was not
     adapted to has none."""
     flagged = np.array([r.uncertain for r in run.records])
     error, gain = wrong_and_gain(run.records)
-    own = dialogues(run.records)
     gates, rows = {f"this gate: {flagged.mean():.0%}": flagged}, []
     for percent in range(10, 101, 10):
         threshold = threshold_between(score, round(percent / 100 * len(score)))
@@ -356,7 +358,7 @@ def judge_gate(run: Run, score: np.ndarray) -> list[dict]:
     best, ideal = cumulative(score, gain).max() / len(gain), (gain > 0).mean()
     for label, on in gates.items():
         now, fixes = gain[on].sum() / len(gain), gate_rates(on, gain > 0)
-        rows.append({"adapted": label, **with_intervals(gate_rates, own, on, error),
+        rows.append({"adapted": label, **with_intervals(gate_rates, clusters, on, error),
                      **{f"{name} (fixes)": rate for name, rate in fixes.items()},
                      "fixed": (gain[on] > 0).sum(), "harmed": (gain[on] < 0).sum(),
                      "gain": 100 * now, "regret to best tau": 100 * (best - now),
@@ -378,7 +380,7 @@ def tables(run: Run) -> dict[str, list[dict]]:
         "Is p(1) the probability that the first candidate is the gold's tool?":
             judge_calibration(run.records),
         f"Is the gate ({gate}) useful, against wrong direct answers and what adapting fixes? Its "
-        f"Qini is {area}, in points over a random gate": judge_gate(run, scores[gate])}
+        f"Qini is {area}, in points over a random gate": judge_gate(run, scores[gate], own)}
 
 
 def scored_runs(folders: Sequence[Path]) -> list[Run]:
