@@ -76,11 +76,15 @@ class LoRALinear(nn.Module):
         self.rows: Sequence[int] = ()               # as of `Qwen2.read_only`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, new, in) -> (rows, new, out). The adapters are cast to the type of x."""
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        """(rows, new, in) -> (rows, new, out). The adapters are cast to the type of x, or the few
+        tokens that a step of decoding reads to theirs, which are less to cast."""
+        decoding = x.shape[1] < self.A.shape[1] and not torch.is_grad_enabled()
+        dtype = self.A.dtype if decoding else x.dtype
+        A, B = self.A.to(dtype), self.B.to(dtype)
         if self.rows and len(A) > 1:
             A, B = A[self.rows], B[self.rows]
-        return torch.baddbmm(self.base(x), x @ A.mT, B.mT.expand(len(x), -1, -1), alpha=self.scale)
+        y, h = self.base(x), x.to(dtype) @ A.mT
+        return torch.baddbmm(y.to(dtype), h, B.mT.expand(len(x), -1, -1), alpha=self.scale).to(x)
 
 
 def save_adapter(folder: Path, params: Params, alpha: float, base: str | Path,

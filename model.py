@@ -123,8 +123,9 @@ class Qwen2(nn.Module):
             raise OverflowError(f"{cache.length} tokens exceed the model's context of "
                                 f"{self.config.max_position_embeddings}")
         d = self.model.layers[0].self_attn.d
-        rotation = rotary_angles(positions, d, self.config.rope_theta, self.config.rope_scaling)
+        angles = rotary_angles(positions, d, self.config.rope_theta, self.config.rope_scaling)
         x = self.model.embed_tokens(ids.clamp(min=0).to(device))
+        rotation = [t.to(x.dtype) for t in angles]
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.on_a_fork, block, x, rotation, visible, cache,
@@ -197,7 +198,7 @@ class Attention(nn.Module):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x_i, x_{i+d/2}) by its angle: the half-split order of the checkpoints."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -255,6 +256,7 @@ def rotary_angles(positions: torch.Tensor, d: int, theta: float,
 
 
 PAD = -1                            # the id of a slot that holds no token
+ROOM = 64                           # slots that a cache of one owner gets at a time
 CAUSAL, ALL = "causal", "all"       # what a new token sees: itself and those before it; everything
 
 
@@ -268,6 +270,7 @@ class KVCache:
     values: list[torch.Tensor] = field(default_factory=list)    # likewise
     length: int = 0                                             # slots in use, holes included
     holes: bool = False
+    in_place: bool = False      # no other cache shares its tensors, which may have ROOM behind
 
     def claim(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | str]:
         """Take slots for `ids` (rows, new): their positions (rows, new), and what each of them
@@ -293,26 +296,32 @@ class KVCache:
                values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put one layer's new keys and values, (rows, groups, new, d) each, behind the old ones;
         gives all of them, (rows, groups, read, d) each."""
-        if layer < len(self.keys):
-            keys = torch.cat((self.keys[layer], keys), dim=2)
-            values = torch.cat((self.values[layer], values), dim=2)
-            self.keys[layer], self.values[layer] = keys, values
-        else:                           # this layer's first tokens; a fork may be dropped after it
+        if layer >= len(self.keys):     # this layer's first tokens; a fork may be dropped after it
             self.keys.append(keys)
             self.values.append(values)
-        return keys, values
+            return keys, values
+        past, there = self.length - keys.shape[2], []
+        for all_layers, new in ((self.keys, keys), (self.values, values)):
+            held = all_layers[layer]
+            if self.in_place and self.length <= held.shape[2]:
+                held[:, :, past:self.length] = new
+            else:
+                room = new[:, :, :1].expand(-1, -1, ROOM * self.in_place, -1)
+                held = all_layers[layer] = torch.cat((held[:, :, :past], new, room), dim=2)
+            there.append(held[:, :, :self.length])
+        return there
 
     def fork(self, rows: int = -1) -> KVCache:
         """An independent copy; `rows` repeats its single row."""
-        keys = [t.expand(rows, -1, -1, -1) for t in self.keys]          # -1: as it is
-        values = [t.expand(rows, -1, -1, -1) for t in self.values]
+        keys, values = [[t[:, :, :self.length].expand(rows, -1, -1, -1) for t in tensors]
+                        for tensors in (self.keys, self.values)]        # -1: as it is
         return KVCache(self.ids.expand(rows, -1), keys, values, self.length, self.holes)
 
     def cut(self, length: int, rows: slice | list[int] = slice(None)) -> None:
         """Forget all but the first `length` slots, of all rows or of those that stay."""
         self.ids, self.length = self.ids[rows, :length], length
-        self.keys = [t[rows, :, :length] for t in self.keys]
-        self.values = [t[rows, :, :length] for t in self.values]
+        self.keys = [t[rows] for t in self.keys]            # what is behind `length` is overwritten
+        self.values = [t[rows] for t in self.values]
 
     @staticmethod
     def stack(caches: Sequence[KVCache]) -> KVCache:
@@ -322,7 +331,7 @@ class KVCache:
         length = max([cache.length for cache in caches])
         ids, keys, values = [], [], []
         for cache in caches:
-            holes = length - cache.length
+            holes, cache = length - cache.length, cache.fork()
             ids.append(F.pad(cache.ids, (holes, 0), value=PAD))
             keys.append([F.pad(t, (0, 0, holes, 0)) for t in cache.keys])
             values.append([F.pad(t, (0, 0, holes, 0)) for t in cache.values])
@@ -348,7 +357,10 @@ class PackedLinear(nn.Linear):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(plain.weight, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return PackedProduct.apply(x, self)
+        return PackedProduct.apply(x, self) if x.requires_grad else self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class PackedProduct(torch.autograd.Function):
@@ -357,7 +369,7 @@ class PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
         ctx.layer = layer
-        return torch.ops.mkldnn._linear_pointwise(x, layer.packed, layer.bias, "none", [], "")
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -490,6 +502,7 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
     chooses are kept. Tool calls copy from the prompt, so the same text takes half the passes.
     """
     cache = KVCache.stack(caches) if caches else KVCache()
+    cache.in_place = True
     generators, rows = [seeded(*key) for key in keys], []
     for form in forms or [Form()] * len(prompts):
         rows.append(Decoded(list(form.blanks)))
