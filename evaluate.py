@@ -81,12 +81,6 @@ def wrong_argument(wrong: Counter, name: str, wanted: frozenset) -> str:
     return f"wrong value: {min(name for name in wanted if given[name] != wanted[name])}"
 
 
-def nearest(rivals: Sequence[frozenset], wanted: frozenset) -> frozenset:
-    """The set that has most in common with what is wanted."""
-    shared = [len(pairs & wanted) for pairs in rivals]
-    return rivals[shared.index(max(shared))]
-
-
 # --- The end of a run -----------------------------------------------------------------------------
 def join(run: Run) -> None:
     """Write the run folder, and print the result."""

@@ -487,7 +487,7 @@ def fingerprint(model: nn.Module) -> str:
 def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]],
              max_new_tokens: int = 256, caches: Sequence[KVCache] = (), temperature: float = 0.0,
              top_p: float = 1.0, keys: Sequence[tuple] = (),
-             forms: Sequence[Form] = ()) -> list[Decoded]:
+             forms: Sequence[Form] = (), drafts: Sequence[list[int]] = ()) -> list[Decoded]:
     """What follows each of several prompts of at least one token, which continue a cache each, if
     caches are given. temperature 0 is greedy; else each row draws from a generator seeded by its
     own key, so its text does not depend on its neighbours. Rows that have ended stay, as holes,
@@ -499,24 +499,32 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
     the fixed parts between the blanks.
 
     Where one row is read, looked-up tokens are checked in the same pass; those that the model also
-    chooses are kept. Tool calls copy from the prompt, so the same text takes half the passes.
+    chooses are kept. Tool calls copy from the prompt, so the same text takes half the passes; fewer
+    yet where it is like its draft, ids for each prompt.
     """
     cache = KVCache.stack(caches) if caches else KVCache()
     cache.in_place = True
-    generators, rows = [seeded(*key) for key in keys], []
-    for form in forms or [Form()] * len(prompts):
-        rows.append(Decoded(list(form.blanks)))
+    generators = [seeded(*key) for key in keys]
+    rows = [Decoded([*form.blanks]) for form in forms or [Form()] * len(prompts)]
     # the rows that a pass reads, with their numbers, and what it reads of each
-    live, unread, looked_up = list(enumerate(rows)), prompts, []
+    live, unread = list(enumerate(rows)), prompts
     while True:
+        looked_up = []
+        if len(live) == 1:
+            (number, row), = live
+            there = cache.ids[0][cache.ids[0] != PAD].tolist() + unread[0] if row.ids else []
+            room = min(max_new_tokens - len(row.ids) - 1,
+                       model.config.max_position_embeddings - cache.length - len(unread[0]))
+            looked_up = look_up(there, drafts[number] if drafts else [])[:max(room, 0)]
         hidden = model([[*ids, *looked_up] for ids in unread], cache)
         first = torch.tensor([[len(ids) - 1] for ids in unread])        # where a choice follows
         places = first + torch.arange(len(looked_up) + 1)               # (live, looked up + 1)
         logits = model.lm_head(hidden[torch.arange(len(live))[:, None], places]).float()
         for agreed in range(len(looked_up) + 1):    # looked-up tokens that were also chosen
             step = own = logits[:, agreed]                                          # (live, vocab)
-            if model.repetition_penalty != 1:   # looked-up tokens in the cache are copies: no more
-                step = penalised(own, cache.ids, model.repetition_penalty)
+            if model.repetition_penalty != 1:
+                there = cache.ids[:, :cache.length - len(looked_up) + agreed]
+                step = penalised(own, there, model.repetition_penalty)
             chosen = choose(step, own, temperature, top_p, generators)
             unread = [row.write(*token, tokenizer=tokenizer, limit=max_new_tokens)
                       for (_, row), token in zip(live, chosen)]
@@ -532,14 +540,7 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
             live, unread = [live[at] for at in left], [unread[at] for at in left]
             generators = [generators[at] for at in left if generators]
             model.read_only([number for number, _ in live])
-        looked_up = []
-        if len(live) == 1:
-            room = min(max_new_tokens - len(live[0][1].ids) - 1,
-                       model.config.max_position_embeddings - cache.length - len(unread[0]))
-            there = cache.ids[0][cache.ids[0] != PAD].tolist() + unread[0]
-            looked_up = look_up(there)[:max(room, 0)]
-    if len(live) < len(rows):
-        model.read_only(())
+    model.read_only(())
     for row in rows:
         row.text = tokenizer.decode(row.ids)
     return rows
@@ -636,14 +637,18 @@ def sorted_by_p(p: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tens
 LONGEST, AGREEING = 6, 3        # tokens that are looked up at most, and that must agree before them
 
 
-def look_up(ids: Sequence[int]) -> list[int]:
-    """A guess at what comes next: what followed the last AGREEING (or fewer) tokens where they
-    stood before, most recently (prompt look-up decoding: Saxena 2023). [] where they did not."""
-    for n in range(AGREEING, 0, -1):
-        tail = list(ids[-n:])
-        for end in range(len(ids) - 1, n - 1, -1):
-            if ids[end - 1] == tail[-1] and list(ids[end - n:end]) == tail:
-                return list(ids[end:end + LONGEST])
+def look_up(ids: list[int], draft: list[int]) -> list[int]:
+    """A guess at what comes next: what follows the last AGREEING (or fewer) of `ids` in the draft, or
+    else where they stood before, the last time (prompt look-up decoding: Saxena 2023). [] where
+    they did not. No ids: nothing is written yet, so the draft's beginning."""
+    if not ids:
+        return draft[:LONGEST]
+    for text in (draft, ids):
+        for n in range(AGREEING, 0, -1):
+            tail = ids[-n:]
+            for end in range(len(text) - 1, n - 1, -1):
+                if text[end - 1] == tail[-1] and text[end - n:end] == tail:
+                    return text[end:end + LONGEST]
     return []
 
 

@@ -56,7 +56,7 @@ def self_improve(samples: Sequence[Sample], config: Config, kept: Kept) -> list[
     unsure = [x for x in samples if h[x.id].margin < config.tau]    # l.4    the others are certain
     g = kept(synthesize, unsure, h)                                 # l.5    K pairs (x', y')
     able = [x for x in unsure if g[x.id].pairs]
-    t = kept(adapt, able, g)                                        # l.6-9  learn, answer, reset
+    t = kept(adapt, able, g, h)                                     # l.6-9  learn, answer, reset
     return [Outcome(h[x.id], g.get(x.id), t.get(x.id)) for x in samples]
 
 
@@ -136,12 +136,13 @@ class Adapted:
 
 
 @stage("T", Adapted, "adapt", "rank", "alpha", "epochs", "lr", "seed", adapters=True)
-def adapt(agent: Agent, samples: Sequence[Sample], config: Config, g: Lines) -> list[Adapted]:
-    """T: each sample's pairs are learnt."""
+def adapt(agent: Agent, samples: Sequence[Sample], config: Config, g: Lines,
+          h: Lines) -> list[Adapted]:
+    """T: each sample's pairs are learnt. Its direct answer is a draft of the adapted one."""
     lessons = []
     for x in samples:
         lessons.append([(with_request(x, pair.request), pair.text) for pair in g[x.id].pairs])
-    return learn(agent, samples, lessons, config)
+    return learn(agent, samples, lessons, config, drafts=[h[x.id].ids for x in samples])
 
 
 Lesson = tuple[Sample, str]             # a sample x', and the answer y' to learn for it
@@ -149,9 +150,11 @@ Example = tuple[list[int], list[int]]   # the ids of a prompt, and of an answer 
 
 
 def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Lesson]],
-          config: Config, params: Params | None = None) -> list[Adapted]:
+          config: Config, params: Params | None = None,
+          drafts: Sequence[list[int]] = ()) -> list[Adapted]:
     """T for the first sample and those with equally many lessons (`Kept` comes again with the
-    others): train an adapter for each (`params`, or fresh ones), answer with it, and remove it."""
+    others): train an adapter for each (`params`, or fresh ones), answer with it, and remove it.
+    drafts: ids that an answer may be like, which makes it faster."""
     model, tokenizer, rounds, lines = agent.model, agent.tokenizer, [], []
     alike = [i for i, each in enumerate(lessons) if len(each) == len(lessons[0])]
     samples, lessons = [samples[i] for i in alike], [lessons[i] for i in alike]
@@ -166,7 +169,8 @@ def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Le
                                   [seeded(config.seed, x.id, "lora") for x in samples])
     with adapters(model, params, config.alpha) as tensors:                      # l.6  theta_0 + BA
         losses, norms = fine_tune(model, rounds, tensors, config)               # l.7  T
-        answers = generate(model, tokenizer, prompts, config.max_new_tokens, caches)    # l.8
+        answers = generate(model, tokenizer, prompts, config.max_new_tokens, caches,    # l.8
+                           drafts=[[*drafts[i], tokenizer.im_end] for i in alike if drafts])
     # l.9  the reset: on leaving the block the adapters are gone, and the model is theta_0 again
     for i, (x, answer) in enumerate(zip(samples, answers)):
         numbers = [*losses[i], *norms[i], *answer.log_p, *answer.entropy]

@@ -78,7 +78,7 @@ def improve(samples: Samples, config: GateConfig, kept: Kept, through: set[str])
     h = kept(assess, samples)
     chosen = [x for x in samples if x.id in through and not h[x.id].failed]
     g = kept(synthesize, chosen, h)
-    t = kept(adapt, [x for x in chosen if g[x.id].pairs], g)
+    t = kept(adapt, [x for x in chosen if g[x.id].pairs], g, h)
     return [Outcome(h[x.id], g.get(x.id), t.get(x.id)) for x in samples]
 
 

@@ -265,7 +265,7 @@ def improve(samples: Samples, config: LessonConfig, kept: Kept, everyone: Lines)
     found = {x.id: g.get(about[x.id].id) for x in unsure}
     able = [x for x in unsure if found[x.id] and found[x.id].pairs]
     if config.lesson == "self" and not config.measure_kl:
-        t = kept(adapt, able, g)
+        t = kept(adapt, able, g, h)
     else:
         t = kept(learn_others, able, g, everyone)
     extra = {id: line.seen for id, line in t.items() if config.measure_kl}

@@ -98,7 +98,7 @@ def improve(samples: Samples, config: OrdersConfig, kept: Kept) -> list[Outcome]
     if config.average:
         h = averaged(h, o)
         g = kept(synthesize, [x for x in samples if h[x.id].margin < config.tau], h)
-        t = kept(adapt, [x for x in samples if x.id in g and g[x.id].pairs], g)
+        t = kept(adapt, [x for x in samples if x.id in g and g[x.id].pairs], g, h)
     return [Outcome(h[x.id], g.get(x.id), t.get(x.id), extra.get(x.id, {})) for x in samples]
 
 

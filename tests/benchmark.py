@@ -102,7 +102,8 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
             model([rest[:-1]], cache)
         score_candidates(model, tokenizer, cache, rest[-1:], names, CALL_START, '"')
     clock("score", score, len(rest) + sum(len(tokenizer.encode(name)) for name in names))
-    clock("direct answer", lambda: generate(model, tokenizer, [rest[-1:]], NEW, [cache]))
+    direct, = clock("direct answer",
+                    lambda: generate(model, tokenizer, [rest[-1:]], NEW, [cache]))
     writer, ask = LocalWriter(model, tokenizer, prefixes), pair_prompt(sample)
     clock("pair", lambda: writer([ask], 2 * NEW, config.temperature, config.top_p, [("pair",)]),
           2 * NEW)
@@ -114,7 +115,7 @@ def ours(clock: Clock, model: Qwen2, tokenizer: Tokenizer, sample: data.Sample, 
             clock(f"train {adapt}", lambda: train.fine_tune(model, rounds, tensors, config),
                   5 * len(prompt + target))
             clock(f"adapted answer {adapt}",
-                  lambda: generate(model, tokenizer, [prompt], NEW, caches))
+                  lambda: generate(model, tokenizer, [prompt], NEW, caches, drafts=[direct.ids]))
 
 
 def random_model(size: str, device: str, dtype: torch.dtype) -> Qwen2:
@@ -270,10 +271,11 @@ def together(model: Qwen2, tokenizer: Tokenizer, samples: list, size: int, confi
             part = samples[i:i + batch]
             asks, lessons = [pair_prompt(x) for x in part], [[(x, call_text(x.answers))]
                                                              for x in part]
-            clock("H", lambda: train.assess(agent, part, config))
+            h = clock("H", lambda: train.assess(agent, part, config))
             clock("G", lambda: writer(asks, 2 * NEW, config.temperature, config.top_p,
                                       [("pair", x.id) for x in part]))
-            clock("T", lambda: train.learn(agent, part, lessons, config))
+            clock("T", lambda: train.learn(agent, part, lessons, config,
+                                           drafts=[line.ids for line in h]))
         spent = {stage: sum(seconds) / len(samples) for stage, seconds in clock.seconds.items()}
         whole = sum(spent.values())
         stages = ", ".join([f"{stage} {seconds:.2f}" for stage, seconds in spent.items()])

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import pytest
 from data import Sample
 from data.calls import Call
 from data.runs import Record, Run, read_run, write_run
-from evaluate import (KNOWN, difference, exact_match, join, listing, main, nearest, printable,
-                      story, summarise, table)
+from evaluate import (KNOWN, difference, exact_match, join, listing, main, printable, story,
+                      summarise, table, wrong_argument)
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,10 +73,13 @@ def test_an_answer_is_right_or_there_is_a_reason(text, reason):
     assert (verdict.text, verdict.exact, verdict.reason) == (text, not reason, reason)
 
 
-def test_two_answers_are_compared_by_the_calls_that_have_most_in_common():
-    one, two, wanted = frozenset("ax"), frozenset("abx"), frozenset("abc")
-    assert nearest([one, two], wanted) == nearest([two, one], wanted) == two
-    assert nearest([one, frozenset("ay")], wanted) == one               # the first of equal ones
+def test_a_wrong_call_is_told_by_the_one_of_its_name_that_has_most_in_common():
+    wanted = frozenset([("x", 1), ("y", 2)])
+    none, one = ("f", frozenset([("x", 3), ("z", 4)])), ("f", frozenset([("x", 1), ("y", 5)]))
+    for wrong in ([none, one], [one, none], [("g", wanted), one]):
+        assert wrong_argument(Counter(wrong), "f", wanted) == "wrong value: y"
+    other = ("f", frozenset([("x", 1)]))                                    # as much in common
+    assert wrong_argument(Counter([other, one]), "f", wanted) == "missing argument: y"
 
 
 # --- Records --------------------------------------------------------------------------------------

@@ -276,9 +276,35 @@ def test_look_up_needs_no_longer_context_than_the_text(model, tokenizer):
 
 
 def test_what_is_looked_up_is_what_followed_last_time():
-    assert look_up([1, 2, 3, 9, 8, 1, 2, 3]) == [9, 8, 1, 2, 3]         # three tokens agree
-    assert look_up([1, 2, 7, 5, 2, 6, 1, 2]) == [7, 5, 2, 6, 1, 2]      # two, more than the nearer
-    assert look_up([4, 5, 4, 6, 4]) == [6, 4] and look_up([1, 2, 3]) == look_up([]) == []
+    assert look_up([1, 2, 3, 9, 8, 1, 2, 3], []) == [9, 8, 1, 2, 3]         # three tokens agree
+    assert look_up([1, 2, 7, 5, 2, 6, 1, 2], []) == [7, 5, 2, 6, 1, 2]      # two, not the nearer
+    assert look_up([4, 5, 4, 6, 4], []) == [6, 4] and look_up([1, 2, 3], []) == look_up([], []) == []
+    assert look_up([4, 5, 4], [4, 9, 8]) == [9, 8]                          # the draft comes first
+    assert look_up([4, 5, 4], [9, 4]) == [5, 4] and look_up([], [9, 4]) == [9, 4]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.8])
+def test_a_draft_changes_no_token_but_how_many_passes_the_text_takes(penalty, model, tokenizer):
+    """Whether it is the text, begins like it, or is another; 0.8 makes what was said likelier, which
+    a draft that was not chosen has not been."""
+    model.repetition_penalty, passes = penalty, []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    for prompt in PROMPTS:
+        text = plain(model, prompt, limit=20)
+        drafts = {10: text.ids, 20: text.ids[:10] + [*range(400, 410)], 21: [*range(300, 330)]}
+        for most, draft in drafts.items():
+            passes.clear()
+            found = generate(model, ending(tokenizer, NEVER), [prompt], 20, drafts=[draft])
+            assert_same(found, [text])
+            assert len(passes) <= most
+    prompts, counts = [PROMPTS[2], PROMPTS[1]], []              # each row has a draft of its own
+    eos = frozenset(plain(model, prompts[0], limit=1).ids)      # ends the first row at once
+    texts = [plain(model, prompt, eos, 20) for prompt in prompts]
+    for drafts in ([[], texts[1].ids], [texts[1].ids, []]):
+        passes.clear()
+        assert_same(generate(model, ending(tokenizer, eos), prompts, 20, drafts=drafts), texts)
+        counts.append(len(passes))
+    assert texts[0].ids == [] and counts[0] < counts[1] < len(texts[1].ids)
 
 
 FORMS = [Form('"', (Blank("aet \n", '", "b": '), Blank("nio,;", "}"))),

@@ -14,7 +14,7 @@ from data import Sample, call_prompt, request_text, with_request
 from data.calls import Call, call_start, parse_calls
 from data.chat import Tokenizer
 from data.runs import Kept, out_of_memory
-from model import KVCache, seeded
+from model import KVCache, generate, seeded
 from train import Agent, Config, schedule, self_improve
 from uncertainty import PrefixCaches, score_candidates, softmax_difference
 
@@ -164,6 +164,19 @@ def test_no_outcome_depends_on_order_batch_size_or_the_other_samples(agent, adap
     alone = [improved(agent, [x], adapt=adapt)[0] for x in SAMPLES[::-1]]
     assert_same(alone, together[::-1])
     assert [len(record["losses"]) for record in together] == [4, 2, 4]
+
+
+def test_the_direct_answer_is_the_draft_of_the_adapted_one(agent, usual, monkeypatch):
+    given = []
+
+    def spy(*args, drafts=()):
+        given.append(drafts)
+        return generate(*args, drafts=drafts)
+    monkeypatch.setattr(train, "generate", spy)
+    assert_same(improved(agent, SAMPLES), usual)
+    _, *adapted = given                         # the first are direct answers: theirs are none
+    whole = [[*record["ids"], agent.tokenizer.im_end] for record in usual]
+    assert given[0] == () and sorted(sum(adapted, [])) == sorted(whole)
 
 
 def test_tau_decides_who_is_adapted_and_who_is_sure_is_never_trained_on(agent, usual):

@@ -212,8 +212,9 @@ def improve(samples: Samples, config: TaskConfig, kept: Kept, others: Lines) -> 
     unsure = [x for x in there if config.control == "all" or h[x.id].margin < config.tau]
     if config.control != "other":
         g = kept(synthesize, unsure, h)
-        learnt = answer_after_pairs if config.control == "icl" else adapt
-        t = kept(learnt, [x for x in unsure if g[x.id].pairs], g)
+        able = [x for x in unsure if g[x.id].pairs]
+        icl = config.control == "icl"
+        t = kept(answer_after_pairs, able, g) if icl else kept(adapt, able, g, h)
         return [Outcome(h[x.id], g.get(x.id), t.get(x.id)) for x in samples]
     theirs = list({others[x.id].id: others[x.id] for x in unsure}.values())    # two may be the same
     h_of = kept(ask, theirs)
