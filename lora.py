@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, new, in) -> (rows, new, out). The adapters are cast to the type of x, or the few
         tokens that a step of decoding reads to theirs, which are less to cast."""
-        decoding = x.shape[1] < self.A.shape[1] and not torch.is_grad_enabled()
+        decoding = x.shape[1] <= self.A.shape[1] and not torch.is_grad_enabled()
         dtype = self.A.dtype if decoding else x.dtype
         A, B = self.A.to(dtype), self.B.to(dtype)
         if self.rows and len(A) > 1:

@@ -135,6 +135,21 @@ def test_what_an_interrupt_amid_the_reset_has_left_is_put_back(model, monkeypatc
     assert dict(model.named_modules()) == before
 
 
+@torch.no_grad()
+def test_a_few_tokens_are_adapted_in_float32_and_many_in_the_type_of_the_model():
+    """Both within the rounding of bfloat16, the few the nearer."""
+    def draw(*shape): return torch.randn(shape, generator=seeded("few", *shape))
+    base, A, B = nn.Linear(64, 96, dtype=torch.bfloat16), draw(2, RANK, 64), draw(2, 96, RANK)
+    layer, x, errors = LoRALinear(base, A, B, 0.5), draw(2, 40, 64).bfloat16(), []
+    for new in (RANK, 40):
+        y = layer(x[:, :new])
+        exact = base(x[:, :new]).double() + 0.5 * (x[:, :new].double() @ A.mT.double()
+                                                   @ B.mT.double())
+        errors.append(((y - exact).abs() / (1 + exact.abs())).max())
+        assert y.dtype == torch.bfloat16
+    assert errors[0] < 2 ** -8 < errors[1] < 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("failing", [False, True], ids=["fitting succeeds", "fitting raises"])
 def test_reset_restores_the_very_layers_and_every_bit_of_them(dtype, failing, checkpoint):

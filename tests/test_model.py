@@ -17,7 +17,7 @@ from conftest import (CHATML, FAMILIES, LLAMA3, SCALING, logits, train_tokenizer
 from data.calls import Call, call_text
 from data.chat import Tokenizer
 from lora import adapters, new_params
-from model import (LIKELY, PAD, Blank, Decoded, Form, KVCache, ModelConfig,
+from model import (LIKELY, PAD, ROOM, Blank, Decoded, Form, KVCache, ModelConfig,
                    PackedLinear, choose, find_checkpoint, fingerprint, generate, load_model,
                    look_up, seeded, sorted_by_p)
 
@@ -237,13 +237,18 @@ def test_rows_of_a_batch_equal_each_decoded_alone_by_full_passes(how, penalty, m
 
 
 def test_caches_are_left_as_they_were(model, tokenizer):
-    tokenizer = ending(tokenizer, NEVER)
+    """Though a text's own is written in place, and grows once its room is full."""
+    tokenizer, length = ending(tokenizer, NEVER), ROOM + 6
     cache, other = read(model, [PROMPTS[1]]), read(model, [PROMPTS[2]])
+    before = [t.clone() for t in cache.keys + cache.values]
     for last in ([7], [8, 9, 7]):
-        expected = plain(model, PROMPTS[1] + last).ids
-        for caches in ([cache], [cache, other]):
-            row, *_ = generate(model, tokenizer, [last] * len(caches), 16, caches)
-            assert row.ids == expected and (cache.length, other.length) == (17, 9)
+        expected = plain(model, PROMPTS[1] + last, limit=length).ids
+        for caches in ([cache], [cache, other], [other, cache, cache.fork()]):
+            *_, row = generate(model, tokenizer, [last] * len(caches), length, caches[::-1])
+            assert row.ids == (expected if caches[0] is cache else
+                               plain(model, PROMPTS[2] + last, limit=length).ids)
+            assert all(map(torch.equal, before, cache.keys + cache.values))
+    assert (cache.length, other.length) == (17, 9)
 
 
 @pytest.mark.parametrize("how, penalty", [(GREEDY, 1.0), (PEAKED, 1.0), (GREEDY, 0.9),
