@@ -240,7 +240,10 @@ def test_caches_are_left_as_they_were(model, tokenizer):
     """Though a text's own is written in place, and grows once its room is full."""
     tokenizer, length = ending(tokenizer, NEVER), ROOM + 6
     cache, other = read(model, [PROMPTS[1]]), read(model, [PROMPTS[2]])
-    before = [t.clone() for t in cache.keys + cache.values]
+    before, part = [t.clone() for t in cache.keys + cache.values], cache.fork()
+    part.cut(9)
+    read_on = model([[1, 2]], part)             # behind nine tokens, and not over the tenth
+    assert close(read_on, model([PROMPTS[1][:9] + [1, 2]])[:, 9:])
     for last in ([7], [8, 9, 7]):
         expected = plain(model, PROMPTS[1] + last, limit=length).ids
         for caches in ([cache], [cache, other], [other, cache, cache.fork()]):
