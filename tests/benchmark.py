@@ -32,7 +32,7 @@ from data import call_names, call_prompt, request_text
 from data.calls import CALL_START, call_text
 from data.chat import Tokenizer
 from lora import TARGETS, adapters, new_params
-from model import (ModelConfig, PackedLinear, Qwen2, attend, choose, generate, load_model, seeded)
+from model import (KVCache, ModelConfig, PackedLinear, Qwen2, attend, choose, generate, load_model, seeded)
 from uncertainty import PrefixCaches, score_candidates
 
 SIZES = {   # hidden, feed-forward, layers, heads, key/value heads, tied embedding, vocabulary
@@ -243,6 +243,26 @@ def fast_paths(model: Qwen2) -> None:
         compare(f"attention by groups, {rows} x {new} queries",
                 lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True),
                 lambda: attend(q, k, v, mask))
+    for rows in (1, 8):
+        new = torch.randn(rows, c.num_key_value_heads, 1, d, device=device).to(dtype)
+        kept = [new.repeat(1, 1, read, 1) for _ in layers]
+        both = [KVCache(keys=[*kept], values=[*kept], in_place=in_place)
+                for in_place in (False, True)]
+
+        def put(cache):
+            cache.length = read + 1
+            for layer in range(len(layers)):
+                cache.append(layer, new, new)
+        compare(f"a token's keys and values put in place, {rows} rows",
+                lambda: put(both[0]), lambda: put(both[1]))
+        adapter = {name: tuple([t.detach() for t in pair]) for name, pair in
+                   new_params(model, 8, [seeded(row) for row in range(rows)]).items()}
+        x = torch.randn(rows, 1, c.hidden_size, device=device).to(dtype)
+        with adapters(model, adapter, 16.0):
+            adapted = [block.mlp.gate_proj for block in model.model.layers]
+            compare(f"adapters' float32 for one token, {rows} rows",
+                    torch.enable_grad()(lambda: [layer(x) for layer in adapted]),
+                    lambda: [layer(x) for layer in adapted])
     steps = []
     for fused in (False, True):
         tensors = [t for pair in new_params(model, 8, [seeded(0)]).values() for t in pair]
