@@ -76,10 +76,10 @@ class LoRALinear(nn.Module):
         self.rows: Sequence[int] = ()               # as of `Qwen2.read_only`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, new, in) -> (rows, new, out). The adapters are cast to the type of x, or the few
-        tokens that a step of decoding reads to theirs, which are less to cast."""
+        """(rows, new, in) -> (rows, new, out). The adapters are cast to the type of x. A step of
+        decoding reads few tokens: then x is cast to the adapters' type, since x is smaller."""
         decoding = x.shape[1] <= self.A.shape[1] and not torch.is_grad_enabled()
-        dtype = self.A.dtype if decoding else x.dtype
+        dtype = torch.promote_types(x.dtype, self.A.dtype) if decoding else x.dtype
         A, B = self.A.to(dtype), self.B.to(dtype)
         if self.rows and len(A) > 1:
             A, B = A[self.rows], B[self.rows]

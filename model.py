@@ -256,7 +256,7 @@ def rotary_angles(positions: torch.Tensor, d: int, theta: float,
 
 
 PAD = -1                            # the id of a slot that holds no token
-ROOM = 64                           # slots that a cache of one owner gets at a time
+ROOM = 64                           # free slots that an in-place cache gets each time it is full
 CAUSAL, ALL = "causal", "all"       # what a new token sees: itself and those before it; everything
 
 
@@ -266,11 +266,12 @@ class KVCache:
     can coexist. A slot with the id PAD is a hole: no token attends to it, and it takes no
     position."""
     ids: torch.Tensor | None = None             # (rows, read), on the CPU: no pass waits for a GPU
-    keys: list[torch.Tensor] = field(default_factory=list)      # a layer: (rows, groups, read, d)
-    values: list[torch.Tensor] = field(default_factory=list)    # likewise
+    # of each layer (rows, groups, read, d), or with more slots behind `length`
+    keys: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
     length: int = 0                                             # slots in use, holes included
     holes: bool = False
-    in_place: bool = False      # no other cache shares its tensors, which may have ROOM behind
+    in_place: bool = False      # new tokens are written into its tensors, which no fork shares
 
     def claim(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | str]:
         """Take slots for `ids` (rows, new): their positions (rows, new), and what each of them
@@ -312,7 +313,8 @@ class KVCache:
         return there
 
     def fork(self, rows: int = -1) -> KVCache:
-        """An independent copy; `rows` repeats its single row."""
+        """A copy, to be extended on its own; `rows` repeats its single row."""
+        self.in_place = False           # they share tensors
         keys, values = [[t[:, :, :self.length].expand(rows, -1, -1, -1) for t in tensors]
                         for tensors in (self.keys, self.values)]        # -1: as it is
         return KVCache(self.ids.expand(rows, -1), keys, values, self.length, self.holes)
@@ -320,7 +322,7 @@ class KVCache:
     def cut(self, length: int, rows: slice | list[int] = slice(None)) -> None:
         """Forget all but the first `length` slots, of all rows or of those that stay."""
         self.ids, self.length = self.ids[rows, :length], length
-        self.keys = [t[rows] for t in self.keys]            # what is behind `length` is overwritten
+        self.keys = [t[rows] for t in self.keys]    # the next pass drops what is behind `length`
         self.values = [t[rows] for t in self.values]
 
     @staticmethod
@@ -499,9 +501,10 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
     the fixed parts between the blanks.
 
     Where one row is read, looked-up tokens are checked in the same pass; those that the model also
-    chooses are kept. Tool calls copy from the prompt, so the same text takes half the passes; fewer
-    yet where it is like its draft, ids for each prompt.
+    chooses are kept: in float32 the text stays the same. Tool calls copy from the prompt, and take
+    half the passes; fewer yet where they agree with a draft, ids for each prompt.
     """
+    model.read_only(())         # an exception may have left other rows
     cache = KVCache.stack(caches) if caches else KVCache()
     cache.in_place = True
     generators = [seeded(*key) for key in keys]
@@ -517,14 +520,14 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
                        model.config.max_position_embeddings - cache.length - len(unread[0]))
             looked_up = look_up(there, drafts[number] if drafts else [])[:max(room, 0)]
         hidden = model([[*ids, *looked_up] for ids in unread], cache)
-        first = torch.tensor([[len(ids) - 1] for ids in unread])        # where a choice follows
-        places = first + torch.arange(len(looked_up) + 1)               # (live, looked up + 1)
+        # (live, looked up + 1): where a choice follows
+        places = torch.tensor([[len(ids) - 1] for ids in unread]) + torch.arange(len(looked_up) + 1)
         logits = model.lm_head(hidden[torch.arange(len(live))[:, None], places]).float()
         for agreed in range(len(looked_up) + 1):    # looked-up tokens that were also chosen
             step = own = logits[:, agreed]                                          # (live, vocab)
             if model.repetition_penalty != 1:
-                there = cache.ids[:, :cache.length - len(looked_up) + agreed]
-                step = penalised(own, there, model.repetition_penalty)
+                said = cache.ids[:, :cache.length - len(looked_up) + agreed]    # and chosen
+                step = penalised(own, said, model.repetition_penalty)
             chosen = choose(step, own, temperature, top_p, generators)
             unread = [row.write(*token, tokenizer=tokenizer, limit=max_new_tokens)
                       for (_, row), token in zip(live, chosen)]
@@ -533,8 +536,7 @@ def generate(model: Qwen2, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]
         left = [at for at, (_, row) in enumerate(live) if not row.ended]
         if not left:
             break
-        if looked_up:
-            cache.cut(cache.length - len(looked_up) + agreed)
+        cache.cut(cache.length - len(looked_up) + agreed)
         if 2 * len(left) <= len(live):
             cache.cut(cache.length, left)
             live, unread = [live[at] for at in left], [unread[at] for at in left]
@@ -638,9 +640,9 @@ LONGEST, AGREEING = 6, 3        # tokens that are looked up at most, and that mu
 
 
 def look_up(ids: list[int], draft: list[int]) -> list[int]:
-    """A guess at what comes next: what follows the last AGREEING (or fewer) of `ids` in the draft, or
-    else where they stood before, the last time (prompt look-up decoding: Saxena 2023). [] where
-    they did not. No ids: nothing is written yet, so the draft's beginning."""
+    """A guess at the next tokens (prompt look-up decoding: Saxena 2023): what follows the last
+    AGREEING tokens of `ids`, or fewer, where they stand in the draft, else where they stood before,
+    the last time; [] if nowhere. No ids: nothing is written yet, so the draft's beginning."""
     if not ids:
         return draft[:LONGEST]
     for text in (draft, ids):

@@ -138,7 +138,7 @@ class Adapted:
 @stage("T", Adapted, "adapt", "rank", "alpha", "epochs", "lr", "seed", adapters=True)
 def adapt(agent: Agent, samples: Sequence[Sample], config: Config, g: Lines,
           h: Lines) -> list[Adapted]:
-    """T: each sample's pairs are learnt. Its direct answer is a draft of the adapted one."""
+    """T: each sample's pairs are learnt. Its direct answer is a guess at the adapted one."""
     lessons = []
     for x in samples:
         lessons.append([(with_request(x, pair.request), pair.text) for pair in g[x.id].pairs])
@@ -154,7 +154,7 @@ def learn(agent: Agent, samples: Sequence[Sample], lessons: Sequence[Sequence[Le
           drafts: Sequence[list[int]] = ()) -> list[Adapted]:
     """T for the first sample and those with equally many lessons (`Kept` comes again with the
     others): train an adapter for each (`params`, or fresh ones), answer with it, and remove it.
-    drafts: ids that an answer may be like, which makes it faster."""
+    drafts: for each sample the ids of a guess at its answer, which make decoding faster."""
     model, tokenizer, rounds, lines = agent.model, agent.tokenizer, [], []
     alike = [i for i, each in enumerate(lessons) if len(each) == len(lessons[0])]
     samples, lessons = [samples[i] for i in alike], [lessons[i] for i in alike]

@@ -32,7 +32,8 @@ from data import call_names, call_prompt, request_text
 from data.calls import CALL_START, call_text
 from data.chat import Tokenizer
 from lora import TARGETS, adapters, new_params
-from model import (KVCache, ModelConfig, PackedLinear, Qwen2, attend, choose, generate, load_model, seeded)
+from model import (KVCache, ModelConfig, PackedLinear, Qwen2, attend, choose, generate,
+                   load_model, seeded)
 from uncertainty import PrefixCaches, score_candidates
 
 SIZES = {   # hidden, feed-forward, layers, heads, key/value heads, tied embedding, vocabulary

@@ -286,15 +286,16 @@ def test_look_up_needs_no_longer_context_than_the_text(model, tokenizer):
 def test_what_is_looked_up_is_what_followed_last_time():
     assert look_up([1, 2, 3, 9, 8, 1, 2, 3], []) == [9, 8, 1, 2, 3]         # three tokens agree
     assert look_up([1, 2, 7, 5, 2, 6, 1, 2], []) == [7, 5, 2, 6, 1, 2]      # two, not the nearer
-    assert look_up([4, 5, 4, 6, 4], []) == [6, 4] and look_up([1, 2, 3], []) == look_up([], []) == []
+    assert look_up([4, 5, 4, 6, 4], []) == [6, 4]
+    assert look_up([1, 2, 3], []) == look_up([], []) == []
     assert look_up([4, 5, 4], [4, 9, 8]) == [9, 8]                          # the draft comes first
     assert look_up([4, 5, 4], [9, 4]) == [5, 4] and look_up([], [9, 4]) == [9, 4]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.8])
 def test_a_draft_changes_no_token_but_how_many_passes_the_text_takes(penalty, model, tokenizer):
-    """Whether it is the text, begins like it, or is another; 0.8 makes what was said likelier, which
-    a draft that was not chosen has not been."""
+    """Whether it is the text, begins like it, or is another. A penalty of 0.8 favours tokens that
+    are written already; those of a draft that were not chosen are not."""
     model.repetition_penalty, passes = penalty, []
     model.register_forward_hook(lambda *_: passes.append(1))
     for prompt in PROMPTS:
