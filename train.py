@@ -277,7 +277,8 @@ class Config:
     # ours: suffix and answer. What stands before the adapted tokens is theta_0's cache.
     adapt: str = option("full", "T", "full (paper): the adapter acts on all tokens; suffix (ours): "
                         "on those after the system turn, three to four times as fast; answer "
-                        "(ours): on the last token of the prompt and the answer's",
+                        "(ours): on the last token of the prompt and the answer's, learnt twice "
+                        "as fast again",
                         "full", "suffix", "answer")
     rank: int = option(8, "T", "rank r of the LoRA adapters")
     alpha: float = option(16.0, "T", "the adapter is scaled by alpha / r")
