@@ -123,8 +123,8 @@ class Qwen2(nn.Module):
             raise OverflowError(f"{cache.length} tokens exceed the model's context of "
                                 f"{self.config.max_position_embeddings}")
         d = self.model.layers[0].self_attn.d
-        angles = rotary_angles(positions, d, self.config.rope_theta, self.config.rope_scaling)
         x = self.model.embed_tokens(ids.clamp(min=0).to(device))
+        angles = rotary_angles(positions, d, self.config.rope_theta, self.config.rope_scaling)
         rotation = [t.to(x.dtype) for t in angles]
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -307,7 +307,7 @@ class KVCache:
             if self.in_place and self.length <= held.shape[2]:
                 held[:, :, past:self.length] = new
             else:
-                room = new[:, :, :1].expand(-1, -1, ROOM * self.in_place, -1)
+                room = new[:, :, :1].expand(-1, -1, ROOM if self.in_place else 0, -1)
                 held = all_layers[layer] = torch.cat((held[:, :, :past], new, room), dim=2)
             there.append(held[:, :, :self.length])
         return there

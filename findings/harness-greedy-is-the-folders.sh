@@ -8,9 +8,9 @@
 #   "greedy" text a beam search, no_repeat_ngram_size cuts what repeats, and the folder's
 #   max_new_tokens goes before the task's max_gen_toks. Log-likelihoods do not change.
 # Why it matters: the same weights score differently with another generation_config.json, and nothing
-#   in a task's settings says so. Qwen2.5-Instruct's folders hold a penalty (1.05 to 1.1), which weighs
-#   on a tool call, since that repeats names and values of its prompt. Who compares a harness's numbers
-#   with those of a decoding loop of their own compares two decoders.
+#   in a task's settings says so. A penalty weighs on a tool call, which repeats names and values of its
+#   prompt. Who compares a harness's numbers with those of a decoding loop of their own compares two
+#   decoders.
 # Versions: lm_eval 0.4.13, transformers 5.24.0, torch 2.14.1. Date: 2026-12-01.
 set -euo pipefail
 folder=$(mktemp -d)
