@@ -310,7 +310,7 @@ class KVCache:
                 room = new[:, :, :1].expand(-1, -1, ROOM if self.in_place else 0, -1)
                 held = all_layers[layer] = torch.cat((held[:, :, :past], new, room), dim=2)
             there.append(held[:, :, :self.length])
-        return there
+        return tuple(there)
 
     def fork(self, rows: int = -1) -> KVCache:
         """A copy, to be extended on its own; `rows` repeats its single row."""
